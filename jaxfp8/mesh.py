@@ -1,0 +1,50 @@
+"""How many devices each axis of the mesh has. Imports no jax: the planner and the programs cut a model by the same rule."""
+
+import dataclasses
+import math
+
+from jaxfp8.config import LlamaConfig
+from jaxfp8.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Devices by axis. `data` holds whole copies of the model; kv and group cut one copy (their product is `tensor`)."""
+
+  data: int = 1
+  kv: int = 1
+  group: int = 1
+
+  @property
+  def tensor(self) -> int:
+    return self.kv * self.group
+
+  @property
+  def num_devices(self) -> int:
+    return self.data * self.tensor
+
+  @classmethod
+  def for_model(cls, config: LlamaConfig, tensor: int = 1, data: int = 1) -> "MeshShape":
+    """Cuts `tensor` into (kv, group): kv as wide as the KV heads allow, the rest over the query heads of a KV head.
+
+    Raises InputError, with the sizes that are possible, when tensor or data is not positive or group does not divide G.
+    """
+    for name, value in (("tensor", tensor), ("data", data)):
+      if value < 1:
+        raise InputError(f"mesh: {name} must be at least 1; got {value}.")
+    kv = math.gcd(tensor, config.num_kv_heads)
+    if config.group_size % (tensor // kv):
+      raise InputError(
+        f"mesh: tensor={tensor} cannot cut the {config.num_heads} query and {config.num_kv_heads} KV heads of {config.name}; "
+        f"possible are {', '.join(map(str, possible_tensors(config)))}."
+      )
+    return cls(data=data, kv=kv, group=tensor // kv)
+
+
+ONE_DEVICE = MeshShape()
+
+
+def possible_tensors(config: LlamaConfig) -> tuple[int, ...]:
+  """Every size of `tensor` that cuts this model's heads evenly, smallest first."""
+  sizes = range(1, config.num_heads + 1)
+  return tuple(size for size in sizes if config.group_size % (size // math.gcd(size, config.num_kv_heads)) == 0)
