@@ -1,0 +1,78 @@
+"""Renders chat templates in a process of its own; `tokenizer.ChatTemplate` starts it. Imported by nobody.
+
+A template is a program that came with downloaded weights. The sandbox keeps it from Python's insides, and this process
+keeps its loops and its memory from ours: a render that takes longer than --seconds ends the process by SIGALRM.
+
+One JSON object per line: on start {"ready": true}; then {"template", "variables"} is answered by {"text"} or {"error"}.
+Environment and functions are those of transformers' `apply_chat_template` (utils/chat_template_utils.py).
+"""
+
+import contextlib
+import datetime
+import json
+import resource
+import signal
+import sys
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+_MEMORY_BYTES = 1 << 30
+_MAX_TEXT = 32 << 20  # characters; a prompt of that length fits no model
+
+
+class _Generation(jinja2.ext.Extension):
+  """`{% generation %}` marks the assistant's words for training; here it is only what stands inside."""
+
+  tags = frozenset({"generation"})
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message):
+  raise jinja2.TemplateError(message)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> jinja2.Environment:
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = _tojson
+  environment.globals["raise_exception"] = _raise_exception
+  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  return environment
+
+
+def _render(environment: jinja2.Environment, request: dict) -> dict:
+  try:
+    text = environment.from_string(request["template"]).render(**request["variables"])
+    if len(text) > _MAX_TEXT:
+      return {"error": f"it wrote {len(text)} characters"}
+    return {"text": text}
+  except Exception as error:  # whatever a template does is the template's error
+    return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _main() -> None:
+  seconds = float(sys.argv[1])
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends when its stdin does
+  with contextlib.suppress(ValueError, OSError):  # not every system has this limit; the clock remains
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+  environment = _environment()
+  print(json.dumps({"ready": True}), flush=True)
+  for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    answer = json.dumps(_render(environment, json.loads(line)))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(answer, flush=True)
+
+
+if __name__ == "__main__":
+  _main()
