@@ -1,0 +1,81 @@
+"""What one step computes: `PrefillBatch` (ragged) and `DecodeBatch` (one token a sequence), as records of dense arrays."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfp8.errors import InputError
+from pallas_kernels.paged_attention.reference import query_places
+
+
+class _Places:
+  """Where each token stands; shared by both batches."""
+
+  def places(self) -> tuple[jax.Array, jax.Array]:
+    """(sequence of each token, its position in it), both int32 [T]; padding has position -1."""
+    return query_places(self.query_starts, self.lengths_B, self.tokens_T.shape[0])
+
+  def slots(self, page_size: int, num_pages: int) -> tuple[jax.Array, jax.Array]:
+    """(page, place in the page) where each token's K and V go; padding gets page num_pages, which is out of range."""
+    sequence_T, position_T = self.places()
+    page_T = self.page_table_BM[sequence_T, jnp.maximum(position_T, 0) // page_size]
+    return jnp.where(position_T < 0, num_pages, page_T), position_T % page_size
+
+
+@flax.struct.dataclass
+class PrefillBatch(_Places):
+  """T tokens of up to B sequences, one after the other.
+
+  tokens_T: int32; sequence b's tokens are query_starts[b] .. query_starts[b + 1] - 1, the rest is padding.
+  query_starts: int32 [B + 1].
+  lengths_B: int32, each context's length once these tokens are in it (0: no sequence).
+  page_table_BM: int32, each sequence's pages in order.
+  """
+
+  tokens_T: jax.Array
+  query_starts: jax.Array
+  lengths_B: jax.Array
+  page_table_BM: jax.Array
+
+  @classmethod
+  def from_prompts(cls, prompts: Sequence[Sequence[int]], page_size: int = 64) -> "PrefillBatch":
+    """Whole prompts, each with pages of its own, numbered from 0: enough for a forward pass over a fresh cache."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+      raise InputError("PrefillBatch.from_prompts: needs at least one prompt, and every prompt at least one token.")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    pages = -(-lengths // page_size)
+    table = np.zeros((len(prompts), pages.max()), np.int32)
+    for row, (first, count) in enumerate(zip(np.cumsum(pages) - pages, pages, strict=True)):
+      table[row, :count] = np.arange(first, first + count)
+    return cls(
+      tokens_T=jnp.asarray(np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])),
+      query_starts=jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+      lengths_B=jnp.asarray(lengths),
+      page_table_BM=jnp.asarray(table),
+    )
+
+  def last_tokens(self) -> jax.Array:
+    """Row of tokens_T that holds each sequence's last token, int32 [B] (0 for an empty sequence)."""
+    return jnp.maximum(self.query_starts[1:] - 1, 0)
+
+
+@flax.struct.dataclass
+class DecodeBatch(_Places):
+  """One token of each of B sequences: the fast case T == B.
+
+  tokens_T: int32 [B]. lengths_B: int32, each context's length with this token (0: an empty place). page_table_BM: int32.
+  """
+
+  tokens_T: jax.Array
+  lengths_B: jax.Array
+  page_table_BM: jax.Array
+
+  @property
+  def query_starts(self) -> None:
+    return None
+
+  def last_tokens(self) -> jax.Array:
+    return jnp.arange(self.tokens_T.shape[0])

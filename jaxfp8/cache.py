@@ -1,0 +1,98 @@
+"""`KVCache`: keys and values of all layers in one pool of pages, as a functional record.
+
+The pool is an argument and a result. Inside a step it is flattened (free) to [L * P, ...], and layer l adds l * P to its page
+table: slicing a layer's pool out would copy it. Refuses to know which sequence owns which page (see pages.py).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxfp8.config import LlamaConfig
+from jaxfp8.dims import DATA, KV
+from jaxfp8.errors import InputError
+from jaxfp8.fp8 import DTYPES, quantize_tokens
+
+PAGE_SIZES = (32, 64, 128)
+DEFAULT_PAGE_SIZE = 64
+
+
+@flax.struct.dataclass
+class KVCache:
+  """The pool. With float8 pages, k_scale and v_scale hold one float32 per token and head; else they are None.
+
+  k_pages: [L, P, K, C, H]; v_pages: [L, P, K, H, C], since FP8 tensor cores want V with tokens last.
+  k_scale, v_scale: float32 [L, P, K, C] or None.
+  """
+
+  k_pages: jax.Array
+  v_pages: jax.Array
+  k_scale: jax.Array | None
+  v_scale: jax.Array | None
+
+  @classmethod
+  def abstract(cls, config: LlamaConfig, num_pages: int, dtype: str = "bf16", page_size: int = DEFAULT_PAGE_SIZE) -> "KVCache":
+    """Shapes and dtypes only. `dtype` is "fp8", "bf16" or "f32". Raises InputError for another page size or dtype."""
+    if page_size not in PAGE_SIZES:
+      raise InputError(f"cache: page_size must be one of {PAGE_SIZES}; got {page_size}.")
+    if dtype not in DTYPES:
+      raise InputError(f"cache: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if num_pages < 1:
+      raise InputError(f"cache: num_pages must be at least 1; got {num_pages}.")
+    L, P, K, C, H = config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim
+    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if dtype == "fp8" else None
+    return cls(
+      k_pages=jax.ShapeDtypeStruct((L, P, K, C, H), DTYPES[dtype]),
+      v_pages=jax.ShapeDtypeStruct((L, P, K, H, C), DTYPES[dtype]),
+      k_scale=scale,
+      v_scale=scale,
+    )
+
+  @classmethod
+  def init(cls, config: LlamaConfig, num_pages: int, dtype: str = "bf16", page_size: int = DEFAULT_PAGE_SIZE) -> "KVCache":
+    """An empty pool on the default device."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cls.abstract(config, num_pages, dtype, page_size))
+
+  @property
+  def page_size(self) -> int:
+    """C. The token axis is the second to last of k_pages, flat or not."""
+    return self.k_pages.shape[-2]
+
+  @property
+  def nbytes(self) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+  def specs(self) -> "KVCache":
+    """How the pool is cut over the mesh: pages over data, KV heads over kv."""
+    return jax.tree.map(lambda leaf: PartitionSpec(None, DATA, KV), self)
+
+  def flatten(self) -> "KVCache":
+    """[L, P, ...] -> [L * P, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self)
+
+  def unflatten(self, num_layers: int) -> "KVCache":
+    return jax.tree.map(lambda leaf: leaf.reshape(num_layers, -1, *leaf.shape[1:]), self)
+
+  def write(self, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, slot_T: jax.Array) -> "KVCache":
+    """Puts one token's keys and values at (page, slot) of a flattened pool; a page out of range is dropped (padding).
+
+    Donates nothing by itself; inside a step whose cache is donated it is done in place.
+    """
+    if self.k_scale is None:
+      return self.replace(
+        k_pages=_put_k(self.k_pages, k_TKH, page_T, slot_T),
+        v_pages=self.v_pages.at[page_T, :, :, slot_T].set(v_TKH.astype(self.v_pages.dtype), mode="drop"),
+      )
+    k, k_scale = quantize_tokens(k_TKH)
+    v, v_scale = quantize_tokens(v_TKH)
+    return KVCache(
+      k_pages=_put_k(self.k_pages, k, page_T, slot_T),
+      v_pages=self.v_pages.at[page_T, :, :, slot_T].set(v, mode="drop"),
+      k_scale=_put_k(self.k_scale, k_scale, page_T, slot_T),
+      v_scale=_put_k(self.v_scale, v_scale, page_T, slot_T),
+    )
+
+
+def _put_k(pages, values, page_T, slot_T):
+  return pages.at[page_T, :, slot_T].set(values.astype(pages.dtype), mode="drop")

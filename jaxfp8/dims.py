@@ -1,0 +1,92 @@
+"""How a model is cut over devices, and the only collective that the model knows.
+
+Every step runs over a mesh with the axes ("data", "kv", "group"), even when all are 1. Sequences and pages are cut over data,
+KV heads over kv, query heads over (kv, group), F and V over both. K and V are replicated over group, so that `tensor` may
+exceed the number of KV heads.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.errors import InputError
+
+DATA, KV, GROUP = "data", "kv", "group"
+TENSOR = (KV, GROUP)
+MESH_AXES = (DATA, KV, GROUP)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  """Sizes of the mesh axes."""
+
+  data: int = 1
+  kv: int = 1
+  group: int = 1
+
+  @property
+  def tensor(self) -> int:
+    return self.kv * self.group
+
+  @classmethod
+  def for_model(cls, config: LlamaConfig, tensor: int = 1, data: int = 1) -> "MeshShape":
+    """The mesh for `tensor` devices a model replica: kv as wide as the KV heads allow, the rest in group.
+
+    Raises InputError if the heads cannot be cut so, with the numbers that can.
+    """
+    if tensor < 1 or data < 1:
+      raise InputError(f"mesh: tensor and data must be at least 1; got {tensor} and {data}.")
+    kv = math.gcd(tensor, config.num_kv_heads)
+    group = tensor // kv
+    if config.group_size % group:
+      possible = [t for t in range(1, config.num_heads + 1) if _divides(config, t)]
+      raise InputError(
+        f"mesh: {config.num_heads} query heads over {config.num_kv_heads} KV heads cannot be cut over tensor={tensor}. "
+        f"Possible: {', '.join(map(str, possible))}."
+      )
+    return cls(data=data, kv=kv, group=group)
+
+
+def _divides(config: LlamaConfig, tensor: int) -> bool:
+  return config.group_size % (tensor // math.gcd(tensor, config.num_kv_heads)) == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+  """Sizes that padding may enlarge for a mesh and a recipe: rows of zeros, never seen outside."""
+
+  vocab_size: int
+  d_ff: int
+
+  @classmethod
+  def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape) -> "Padded":
+    unit = shape.tensor * (BLOCK if recipe.weights == "fp8" and recipe.granularity == "block128" else 1)
+    return cls(round_up(config.vocab_size, shape.tensor), round_up(config.d_ff, unit))
+
+
+def round_up(value: int, unit: int) -> int:
+  return -(-value // unit) * unit
+
+
+Axes = tuple[str, ...] | None
+
+
+def sum_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """All-reduce over mesh axes; the identity where axes is None, so that the model runs with no mesh."""
+  return x if axes is None else jax.lax.psum(x, axes)
+
+
+def max_over(x: jax.Array, axes: Axes) -> jax.Array:
+  return x if axes is None else jax.lax.pmax(x, axes)
+
+
+def index_over(axes: Axes) -> jax.Array | int:
+  """This device's place along mesh axes, 0 where axes is None."""
+  return 0 if axes is None else jax.lax.axis_index(axes)
+
+
+def gather_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """Every device's x stacked along a new leading axis."""
+  return x[None] if axes is None else jax.lax.all_gather(x, axes)

@@ -1,0 +1,98 @@
+"""float8 numbers: `QArray` and the quantizers. Plain maths on arrays; refuses to know models and kernels.
+
+Three traps, stated here once:
+  - `astype(float8_e4m3fn)` does not saturate (465 and above become NaN), so values are clipped to +-448 first.
+  - Test dtypes with `jnp.issubdtype` or `==`; a float8 array is no instance of anything useful.
+  - A row of zeros has scale 1, not 0: nothing may divide by it.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxfp8.config import BLOCK
+from jaxfp8.errors import InputError
+
+FLOAT8 = jnp.float8_e4m3fn
+MAX = 448.0  # largest finite e4m3fn value (OCP 8-bit floating point specification, table 1)
+
+DTYPES = {"fp8": FLOAT8, "bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+@flax.struct.dataclass
+class QArray:
+  """value ~= qvalue * scale. The scale always multiplies and is always float32.
+
+  qvalue: float8_e4m3fn [..., F, D].
+  scale: float32 [..., F], one per output channel, or [..., F / R, ceil(D / 128)], one per block of R rows.
+  """
+
+  qvalue: jax.Array
+  scale: jax.Array
+
+  @property
+  def shape(self):
+    return self.qvalue.shape
+
+
+def quantize(w_FD: jax.Array, granularity: str = "channel") -> QArray:
+  """Rounds weights [F, D] to float8 with scale = amax / 448 per "tensor", "channel" (row) or "block128".
+
+  A per-tensor scale is expanded to one per channel (exact). Raises InputError for another granularity or rank.
+  """
+  if w_FD.ndim != 2:
+    raise InputError(f"quantize: weights must be [F, D]; got shape {w_FD.shape}. Flatten them first.")
+  w = w_FD.astype(jnp.float32)
+  if granularity == "tensor":
+    scale = jnp.broadcast_to(scale_of(jnp.max(jnp.abs(w))), w.shape[:1])
+  elif granularity == "channel":
+    scale = scale_of(jnp.max(jnp.abs(w), axis=1))
+  elif granularity == "block128":
+    return _quantize_blocks(w)
+  else:
+    raise InputError(f"quantize: granularity must be tensor, channel or block128; got {granularity!r}.")
+  return QArray(to_float8(w / scale[:, None]), scale)
+
+
+def dequantize(q: QArray) -> jax.Array:
+  """float32 [F, D]."""
+  scale = q.scale
+  if scale.ndim == 1:
+    return q.qvalue.astype(jnp.float32) * scale[:, None]
+  F, D = q.qvalue.shape
+  scale = jnp.repeat(jnp.repeat(scale, -(-F // scale.shape[0]), axis=0)[:F], BLOCK, axis=1)[:, :D]
+  return q.qvalue.astype(jnp.float32) * scale
+
+
+def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """One dynamic scale per vector along the last axis: x [..., D] -> (float8 [..., D], float32 [...]).
+
+  For activations that is a scale per token; for keys and values [T, K, H], one per token and head.
+  """
+  x = x.astype(jnp.float32)
+  scale = scale_of(jnp.max(jnp.abs(x), axis=-1))
+  return to_float8(x / scale[..., None]), scale
+
+
+_TINY = 2.0**-100  # below this a scale would be subnormal, which hardware flushes to 0
+
+
+def scale_of(amax: jax.Array) -> jax.Array:
+  """float32 amax / 448, and 1 where amax is (next to) 0."""
+  return jnp.where(amax > _TINY, amax / MAX, 1.0).astype(jnp.float32)
+
+
+def to_float8(x: jax.Array) -> jax.Array:
+  """Rounds to nearest even, saturating at +-448."""
+  return jnp.clip(x, -MAX, MAX).astype(FLOAT8)
+
+
+def _quantize_blocks(w: jax.Array) -> QArray:
+  """Ragged edges are blocks of their own."""
+  F, D = w.shape
+  rows, columns = -(-F // BLOCK), -(-D // BLOCK)
+  padded = jnp.pad(w, ((0, rows * BLOCK - F), (0, columns * BLOCK - D)))
+  blocks = padded.reshape(rows, BLOCK, columns, BLOCK)
+  scale = scale_of(jnp.max(jnp.abs(blocks), axis=(1, 3)))
+  q = to_float8(blocks / scale[:, None, :, None]).reshape(padded.shape)[:F, :D]
+  return QArray(q, scale)

@@ -1,0 +1,1 @@
+"""x @ w^T with float8 (or plain) weights and float32 scales."""

@@ -1,0 +1,92 @@
+"""`fp8_matmul`: the linear layer's product, checked once here and dispatched.
+
+Letters: T tokens, D inputs, F outputs. Weights are [out, in], since FP8 tensor cores want both operands K-major.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+
+BLOCK = 128  # side of a weight-scale block
+
+
+def fp8_matmul(
+  x_TD: jax.Array,
+  w_FD: jax.Array,
+  w_scale: jax.Array | None = None,
+  x_scale: jax.Array | None = None,
+  *,
+  out_dtype: jnp.dtype = jnp.bfloat16,
+  implementation: str = "auto",
+  target: dispatch.Target | None = None,
+) -> jax.Array:
+  """Returns (x * x_scale) @ (w * w_scale)^T, [T, F], accumulated in float32 and cast to `out_dtype` at the end.
+
+  Args:
+    x_TD: activations, bf16 or f32; float8_e4m3fn with `x_scale` (W8A8).
+    w_FD: weights, float8_e4m3fn with `w_scale`, or bf16 / f32 without.
+    w_scale: float32, [F] per output channel, or [F / R, ceil(D / 128)] per block of R rows and 128 columns, where R
+      divides F (128 for ordinary linears, less where a head is smaller than a block).
+    x_scale: float32, [T] per token or [] for a static scale; only with float8 activations.
+    implementation: "auto", or the name of a file in this folder.
+    target: what the program is compiled for; None means the default device.
+
+  Raises:
+    ValueError: a shape or dtype breaks these rules, or a forced implementation cannot run.
+  """
+  _check(x_TD, w_FD, w_scale, x_scale)
+  target = target or dispatch.default_target()
+  order = ("cpu",) if target.platform == "cpu" else ("reference",)
+  return dispatch.run(
+    __package__, "fp8_matmul", order, implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype
+  )
+
+
+def is_float8(x: jax.Array) -> bool:
+  return x.dtype == jnp.float8_e4m3fn
+
+
+def block_rows(w_FD: jax.Array, w_scale: jax.Array) -> int:
+  """R: rows of w that share one scale row (1 for per-channel scales)."""
+  return w_FD.shape[0] // w_scale.shape[0]
+
+
+def _check(x_TD, w_FD, w_scale, x_scale):
+  if x_TD.ndim != 2 or w_FD.ndim != 2 or x_TD.shape[1] != w_FD.shape[1]:
+    raise ValueError(
+      f"fp8_matmul: x [T, D] and w [F, D] must agree in D; got x {x_TD.shape} and w {w_FD.shape}. "
+      "Store weights as [out, in] and flatten x to two axes."
+    )
+  if is_float8(w_FD) != (w_scale is not None):
+    raise ValueError(
+      f"fp8_matmul: float8 weights need w_scale and others must not have one; got {w_FD.dtype} and "
+      f"w_scale={'None' if w_scale is None else w_scale.shape}."
+    )
+  if is_float8(x_TD) != (x_scale is not None):
+    raise ValueError(
+      f"fp8_matmul: float8 activations need x_scale and others must not have one; got {x_TD.dtype} and "
+      f"x_scale={'None' if x_scale is None else x_scale.shape}."
+    )
+  for name, x in (("x", x_TD), ("w", w_FD)):
+    if x.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
+      raise ValueError(f"fp8_matmul: {name} must be float8_e4m3fn, bfloat16 or float32; got {x.dtype}. Cast it first.")
+  if x_scale is not None and (x_scale.shape not in ((), (x_TD.shape[0],)) or x_scale.dtype != jnp.float32):
+    raise ValueError(
+      f"fp8_matmul: x_scale must be float32 [] or [T={x_TD.shape[0]}]; got {x_scale.dtype} {x_scale.shape}. "
+      "Use one scale per token or one for all."
+    )
+  if w_scale is not None:
+    _check_w_scale(w_FD, w_scale)
+
+
+def _check_w_scale(w_FD, w_scale):
+  F, D = w_FD.shape
+  blocks = -(-D // BLOCK)
+  per_channel = w_scale.shape == (F,)
+  per_block = w_scale.ndim == 2 and w_scale.shape[0] and F % w_scale.shape[0] == 0 and w_scale.shape[1] == blocks
+  if w_scale.dtype != jnp.float32 or not (per_channel or per_block):
+    raise ValueError(
+      f"fp8_matmul: w_scale must be float32 [F={F}] or [F / R, ceil(D / {BLOCK})={blocks}]; got {w_scale.dtype} "
+      f"{w_scale.shape}. Expand a per-tensor scale to one per channel (exact)."
+    )

@@ -1,0 +1,84 @@
+"""`paged_attention`: one operation for decode, ragged chunked prefill and the check of a few guessed tokens.
+
+Letters: T query tokens, B sequences, N query heads, K KV heads, G = N / K, H head size, P pages, C tokens a page,
+M pages a sequence. Query heads are grouped by KV head: heads k*G .. k*G + G - 1 read KV head k.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+
+
+def paged_attention(
+  q_TNH: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  page_table_BM: jax.Array,
+  query_starts: jax.Array | None,
+  lengths_B: jax.Array,
+  *,
+  k_scale: jax.Array | None = None,
+  v_scale: jax.Array | None = None,
+  implementation: str = "auto",
+  target: dispatch.Target | None = None,
+) -> jax.Array:
+  """Causal softmax(q k^T / sqrt(H)) v over each sequence's pages; returns [T, N, H] in q's dtype.
+
+  The pages already hold the keys and values of the queries themselves. Sequence b's queries are its last
+  query_starts[b + 1] - query_starts[b] tokens, and see everything up to their own position.
+
+  Args:
+    q_TNH: queries of all sequences one after the other, bf16 or f32.
+    k_pages: [P, K, C, H], v_pages: [P, K, H, C]; both float8_e4m3fn, bf16 or f32.
+    page_table_BM: int32, the pages of each sequence in order; entries past its length are not read.
+    query_starts: int32 [B + 1], ascending; rows of q from query_starts[B] on are padding and give zeros.
+      None means one query each (decode), T == B.
+    lengths_B: int32, tokens in each sequence's context, its queries included; 0 for an empty place, which gives zeros.
+    k_scale, v_scale: float32 [P, K, C], one per token and head, with float8 pages only.
+
+  Raises:
+    ValueError: a shape or dtype breaks these rules, or a forced implementation cannot run.
+  """
+  _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale)
+  target = target or dispatch.default_target()
+  order = ("cpu",) if target.platform == "cpu" else ("reference",)
+  return dispatch.run(
+    __package__,
+    "paged_attention",
+    order,
+    implementation,
+    target,
+    q_TNH,
+    k_pages,
+    v_pages,
+    page_table_BM,
+    query_starts,
+    lengths_B,
+    k_scale=k_scale,
+    v_scale=v_scale,
+  )
+
+
+def _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale):
+  T, N, H = q_TNH.shape
+  P, K, C, k_head = k_pages.shape
+  B = lengths_B.shape[0]
+  if k_head != H or v_pages.shape != (P, K, H, C) or N % K:
+    raise ValueError(
+      f"paged_attention: with q [T, N, H]={q_TNH.shape}, k_pages must be [P, K, C, H] and v_pages [P, K, H, C] with K "
+      f"dividing N; got {k_pages.shape} and {v_pages.shape}. V pages keep the token axis last."
+    )
+  if page_table_BM.shape[0] != B or (T != B if query_starts is None else query_starts.shape != (B + 1,)):
+    starts = "None" if query_starts is None else query_starts.shape
+    raise ValueError(
+      f"paged_attention: page_table [B, M], query_starts [B + 1] (None for decode, T == B) and lengths [B] must agree in B; "
+      f"got {page_table_BM.shape}, {starts} and {lengths_B.shape} with T={T}."
+    )
+  if k_pages.dtype != v_pages.dtype:
+    raise ValueError(f"paged_attention: k_pages and v_pages must have one dtype; got {k_pages.dtype} and {v_pages.dtype}.")
+  for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    if (k_pages.dtype == jnp.float8_e4m3fn) != (scale is not None):
+      raise ValueError(f"paged_attention: float8 pages need {name} and others must not have one; got {k_pages.dtype} pages.")
+    if scale is not None and scale.shape != (P, K, C):
+      raise ValueError(f"paged_attention: {name} must be float32 [P, K, C]={(P, K, C)}; got {scale.shape}.")
