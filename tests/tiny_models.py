@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.config import LlamaConfig, RopeConfig
+from jaxfp8.config import LlamaConfig
 
-# No size is a multiple of what a kernel likes to cut; N/K covers MHA and odd groups; head_dim differs from D / N.
+# No size is a multiple of what a kernel likes to cut; N/K covers MHA and odd groups; head_dim differs from D / N
+# (transformers wants D to be a multiple of N all the same).
 _ODD = {"vocab_size": 103, "d_model": 52, "d_ff": 91, "num_layers": 2, "max_context": 256, "bos_id": 1, "eos_ids": [2]}
 CASES: dict[str, dict[str, Any]] = {
   "mha_tied": {**_ODD, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "tied_embeddings": True},
-  "gqa_9_3_untied": {**_ODD, "num_heads": 9, "num_kv_heads": 3, "head_dim": 16, "num_layers": 3},
+  "gqa_9_3_untied": {**_ODD, "d_model": 63, "num_heads": 9, "num_kv_heads": 3, "head_dim": 16, "num_layers": 3},
   "gqa_6_2_linear": {
     **_ODD,
+    "d_model": 54,
     "num_heads": 6,
     "num_kv_heads": 2,
     "head_dim": 16,
@@ -27,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
   },
   "gqa_5_1_llama3": {
     **_ODD,
+    "d_model": 55,
     "num_heads": 5,
     "num_kv_heads": 1,
     "head_dim": 64,
@@ -51,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tied_embeddings": True,
     "rope": {"theta": 1e5},
   },
-  "one_layer_head_10": {**_ODD, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 10, "d_model": 37, "d_ff": 53},
+  "one_layer_head_10": {**_ODD, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 10, "d_model": 38, "d_ff": 53},
 }
 
 
@@ -130,7 +133,7 @@ def hf_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def write_hf_folder(
-  folder: pathlib.Path, config: LlamaConfig, weights: dict[str, np.ndarray], *, dtype=np.float32, shards: int = 1, tokenizer=True
+  folder: pathlib.Path, config: LlamaConfig, weights: dict[str, np.ndarray], *, dtype=np.float32, shards=1, tokenizer=True
 ) -> pathlib.Path:
   """A folder as transformers saves it; more than one shard brings an index. `dtype` may be ml_dtypes.bfloat16."""
   from safetensors.numpy import save_file
