@@ -7,10 +7,12 @@ goldens of today were made with the versions that tests/goldens/README.md states
 
     tiny_CASE.npz    tokens [T], logits [T, V] of the random model `tests/tiny_models.py` makes, float32
     real.npz         five prompts through the default model: token ids, logits, 64 greedy tokens each
+    weights.json     sha256 of a few weights, as transformers reads them from the GGUF file
     text.json        token ids of awkward strings and rendered chats, by the default model's tokenizer
     spm.json         a small SentencePiece model and the ids that sentencepiece itself gives
 """
 
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -24,6 +26,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 EVERY = 64  # columns of the vocabulary whose logits are kept for every position
 NEW_TOKENS = 64
+
+DIGESTS = (
+  "model.embed_tokens.weight",
+  "model.layers.0.self_attn.q_proj.weight",
+  "model.layers.0.self_attn.k_proj.weight",
+  "model.layers.0.self_attn.v_proj.weight",
+  "model.layers.17.mlp.down_proj.weight",
+  "model.layers.29.self_attn.k_proj.weight",
+  "model.norm.weight",
+)
 
 PARAGRAPH = (
   "A lighthouse is a tower that carries a bright lamp at its top, so that ships can find their way along a dangerous coast "
@@ -136,6 +148,8 @@ def make_real(path: pathlib.Path) -> None:
   model = AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
   )
+  digests = {name: hashlib.sha256(model.state_dict()[name].numpy().tobytes()).hexdigest() for name in DIGESTS}
+  _write_json(GOLDENS / "weights.json", digests)
   arrays = {}
   for i, prompt in enumerate(PROMPTS):
     text = prompt
@@ -217,6 +231,7 @@ Python {python}, {versions}; one thread, eager attention, float32, seed 0 everyw
   `last_i` [V] the logits of its last position, `every_i` [T, V / 64] the logits of every position at columns 0, 64, 128 ..,
   `greedy_i` the 64 most likely tokens that follow (end-of-text does not stop it), `margins_i` how far the best logit
   was above the second at each of them.
+- `weights.json`: sha256 of a few of the default model's weights, float32, as transformers' GGUF loader made them.
 - `text.json`: token ids of awkward strings, the prompts, and chats rendered by `apply_chat_template`.
 - `spm.json`: a SentencePiece model of 560 pieces trained for this, and the ids that sentencepiece gives.
 
