@@ -6,51 +6,15 @@ exceed the number of KV heads.
 """
 
 import dataclasses
-import math
 
 import jax
 
 from jaxfp8.config import BLOCK, LlamaConfig, Recipe
-from jaxfp8.errors import InputError
+from jaxfp8.mesh import MeshShape
 
 DATA, KV, GROUP = "data", "kv", "group"
 TENSOR = (KV, GROUP)
 MESH_AXES = (DATA, KV, GROUP)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshShape:
-  """Sizes of the mesh axes."""
-
-  data: int = 1
-  kv: int = 1
-  group: int = 1
-
-  @property
-  def tensor(self) -> int:
-    return self.kv * self.group
-
-  @classmethod
-  def for_model(cls, config: LlamaConfig, tensor: int = 1, data: int = 1) -> "MeshShape":
-    """The mesh for `tensor` devices a model replica: kv as wide as the KV heads allow, the rest in group.
-
-    Raises InputError if the heads cannot be cut so, with the numbers that can.
-    """
-    if tensor < 1 or data < 1:
-      raise InputError(f"mesh: tensor and data must be at least 1; got {tensor} and {data}.")
-    kv = math.gcd(tensor, config.num_kv_heads)
-    group = tensor // kv
-    if config.group_size % group:
-      possible = [t for t in range(1, config.num_heads + 1) if _divides(config, t)]
-      raise InputError(
-        f"mesh: {config.num_heads} query heads over {config.num_kv_heads} KV heads cannot be cut over tensor={tensor}. "
-        f"Possible: {', '.join(map(str, possible))}."
-      )
-    return cls(data=data, kv=kv, group=group)
-
-
-def _divides(config: LlamaConfig, tensor: int) -> bool:
-  return config.group_size % (tensor // math.gcd(tensor, config.num_kv_heads)) == 0
 
 
 @dataclasses.dataclass(frozen=True)

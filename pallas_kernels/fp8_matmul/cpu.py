@@ -40,7 +40,7 @@ def widen(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _in_row_blocks(x, w_FD, w_scale):
   F, D = w_FD.shape
   blocks = 1
-  while api.is_float8(w_FD) and F * D > _MAX_WIDENED * blocks and F % (2 * blocks * api.BLOCK) == 0:
+  while api.is_float8(w_FD) and _MAX_WIDENED * blocks < F * D and F % (2 * blocks * api.BLOCK) == 0:
     blocks *= 2
   if blocks == 1:
     return _product(x, w_FD, w_scale)

@@ -1,0 +1,99 @@
+"""From another project's checkpoint to ours: quantize, then write a checkpoint or fill a model directly.
+
+Refuses to know file formats (readers/) and layouts (layout.py): it turns one source tensor into the arrays of one key.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxfp8 import checkpoint, fp8, layout
+from jaxfp8.config import Recipe
+from jaxfp8.errors import InputError
+from jaxfp8.model import LayerFormat, Llama
+from jaxfp8.readers import Source
+
+Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)
+_WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
+
+
+def convert_source(
+  source: Source, folder: str | os.PathLike, recipe: Recipe, *, provenance: dict | None = None, progress: Progress | None = None
+) -> None:
+  """Quantizes `source` by `recipe` and writes it as a checkpoint, one layer in memory at a time.
+
+  Raises InputError for bad weights, an existing folder or a full disk; nothing is then left behind.
+  """
+  arrays = SourceArrays(source, recipe)
+  groups = layout.checkpoint_arrays(source.config, recipe, arrays.formats)
+  sizes = [sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in group.values()) for group in groups]
+  manifest = checkpoint.Manifest(
+    source.config, recipe, arrays.formats, _tokenizer(source), {"source": source.path.name} | (provenance or {})
+  )
+  with checkpoint.CheckpointWriter(folder, manifest) as writer:
+    pending, done = {}, 0
+    for place, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+      pending |= arrays.read(tuple(group))
+      done += size
+      if place + 1 == len(groups) or sum(array.nbytes for array in pending.values()) > _WRITE_BYTES:
+        writer.write(pending)
+        pending = {}
+        if progress:
+          progress(done, sum(sizes))
+
+
+def load_source(source: Source, recipe: Recipe, *, mesh=None, implementation: str = "auto") -> Llama:
+  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
+  arrays = SourceArrays(source, recipe)
+  model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
+  return checkpoint.fill(model, arrays.read, mesh)
+
+
+class SourceArrays:
+  """The arrays that a checkpoint of `source` in `recipe` has, computed when they are read."""
+
+  def __init__(self, source: Source, recipe: Recipe):
+    self.source, self.recipe = source, recipe
+    self.formats = (LayerFormat.uniform(recipe.weights),) * source.config.num_layers
+    groups = layout.checkpoint_arrays(source.config, recipe, self.formats)
+    self._dtypes = {key: dtype for group in groups for key, (_, dtype) in group.items()}
+
+  def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """{key: array}; a matrix whose weight and scale are both asked for is read and quantized once."""
+    by_tensor: dict[str, list[str]] = {}
+    for key in keys:
+      module = key.rsplit(".", 1)[0]
+      by_tensor.setdefault(f"{module}.weight", []).append(key)
+    arrays = {}
+    for name, wanted in by_tensor.items():
+      arrays |= self._convert(self.source.read(name), wanted)
+    return arrays
+
+  def _convert(self, array: np.ndarray, keys: list[str]) -> dict[str, np.ndarray]:
+    if self._dtypes[keys[0]] == layout.NUMPY_DTYPES["fp8"] or len(keys) > 1:
+      q = _quantize(np.asarray(array, np.float32), self.recipe.granularity)
+      return {key: np.asarray(q.scale if ".scale[" in key else q.qvalue) for key in keys}
+    (key,) = keys
+    return {key: array.astype(self._dtypes[key])}
+
+
+@functools.cache
+def _quantizer(granularity: str):
+  return jax.jit(functools.partial(fp8.quantize, granularity=granularity))
+
+
+def _quantize(w: np.ndarray, granularity: str) -> fp8.QArray:
+  """On the CPU, whatever the default device: one matrix at a time is no work for a GPU."""
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    return _quantizer(granularity)(w)
+
+
+def _tokenizer(source: Source):
+  """None where the source has none: its numbers are still worth converting."""
+  try:
+    return source.tokenizer
+  except InputError:
+    return None
