@@ -76,9 +76,10 @@ class Tokenizer:
 
   def _encode(self, text: str) -> list[int]:
     try:
-      return self._tokenizer.encode(text, add_special_tokens=False).ids
+      text.encode("utf-8")  # the library's own complaint about a lone surrogate is a TypeError
     except UnicodeEncodeError as error:
       raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
 
   def _special_id(self, name: str) -> int | None:
     text = self._files.special_tokens.get(name)
