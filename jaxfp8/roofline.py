@@ -108,16 +108,24 @@ class StepCost:
     return self.weight_read_bytes + self.kv_read_bytes + self.kv_written_bytes
 
 
-def decode_step(config: LlamaConfig, recipe: Recipe, lengths: Sequence[int], mesh: MeshShape = ONE_DEVICE) -> StepCost:
+def decode_step(
+  config: LlamaConfig,
+  recipe: Recipe,
+  lengths: Sequence[int],
+  mesh: MeshShape = ONE_DEVICE,
+  *,
+  query_tokens: int = 1,
+) -> StepCost:
   """One token for every sequence; lengths: tokens each sequence attends to, the new one included.
 
-  Sequences are dealt out over `data`, the longest first; the cost is that of the device that gets most.
+  query_tokens > 1 is the step that checks so many tokens a sequence at once, as speculation does. Sequences are dealt
+  out over `data`, the longest first; the cost is that of the device that gets most.
   """
   if not lengths or min(lengths) < 1:
     raise InputError(f"roofline: lengths must hold at least one positive length; got {list(lengths)[:4]}.")
   lengths = sorted(lengths, reverse=True)[:: mesh.data]
-  read = sum(lengths)
-  return _step(config, recipe, mesh, tokens=len(lengths), sampled=len(lengths), kv_read=read, attended=read, passes=1)
+  rows, read = len(lengths) * query_tokens, sum(lengths)
+  return _step(config, recipe, mesh, tokens=rows, sampled=rows, kv_read=read, attended=read * query_tokens, passes=1)
 
 
 def prefill_step(
@@ -220,10 +228,16 @@ class _LocalSizes:
 def _local_sizes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape) -> _LocalSizes:
   tensor = mesh.tensor
   blocks = recipe.weights == "fp8" and recipe.granularity == "block128"
+  attention = config.num_heads // tensor * config.head_dim
+  if blocks and tensor > 1 and attention % BLOCK:
+    raise InputError(
+      f"roofline: block128 scales need whole blocks of {BLOCK} columns on each device; tensor={tensor} leaves {attention} of "
+      f"{config.name}'s heads. Pass another --tensor or --granularity=channel."
+    )
   kv_heads = config.num_kv_heads // mesh.kv
   return _LocalSizes(
     qkv_rows=kv_heads * (config.group_size // mesh.group + 2) * config.head_dim,
-    attention=config.num_heads // tensor * config.head_dim,
+    attention=attention,
     d_ff=_round_up(config.d_ff, tensor * (BLOCK if blocks else 1)) // tensor,
     vocab=_round_up(config.vocab_size, tensor) // tensor,
   )
@@ -234,11 +248,13 @@ def _scales_per_layer(config: LlamaConfig, recipe: Recipe, size: _LocalSizes) ->
     return 0
   if recipe.granularity != "block128":  # one a row; a scale per tensor is stored once a row, too
     return size.qkv_rows + config.d_model + 2 * size.d_ff + config.d_model
-  d_blocks = -(-config.d_model // BLOCK)
+  # Rows are cut into what divides them (a head, a model may be narrower than whole blocks), columns into blocks.
+  rows, columns = config.d_model // math.gcd(BLOCK, config.d_model), -(-config.d_model // BLOCK)
   return (
-    size.qkv_rows // math.gcd(BLOCK, config.head_dim) * d_blocks
-    + d_blocks * -(-size.attention // BLOCK)
-    + 3 * (size.d_ff // BLOCK) * d_blocks
+    size.qkv_rows // math.gcd(BLOCK, config.head_dim) * columns
+    + rows * -(-size.attention // BLOCK)
+    + 2 * (size.d_ff // BLOCK) * columns
+    + rows * (size.d_ff // BLOCK)
   )
 
 
