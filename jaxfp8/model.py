@@ -201,6 +201,12 @@ class Llama(nnx.Module):
       start = stop
     return bounds
 
+  def partitions(self) -> list[PartitionSpec]:
+    """How each weight is cut over the mesh, in the order of `jax.tree.leaves(nnx.state(self))`."""
+    variables = jax.tree.leaves(nnx.state(self), is_leaf=lambda node: isinstance(node, nnx.Variable))
+    specs = [jax.tree.leaves(v.get_metadata("partition"), is_leaf=lambda x: isinstance(x, PartitionSpec)) for v in variables]
+    return list(itertools.chain.from_iterable(specs))
+
   def __call__(self, batch: PrefillBatch | DecodeBatch, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Runs the batch's tokens; returns (hidden [T, D] after the last norm, the cache with their keys and values)."""
     num_pages = cache.k_pages.shape[1]

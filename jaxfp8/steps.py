@@ -1,0 +1,205 @@
+"""The programs: `prefill` and `decode` as pure functions, and `CompiledSteps`, which compiles them ahead of time.
+
+    logits_BV, cache = prefill(model, cache, batch)     # a researcher's loop
+    state, sampled = steps.run(state, inputs)           # the engine's: sampling fused in, state donated
+
+A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even where all are 1, one program per kind
+and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next step can be
+started before anyone has read them. Refuses to know requests, text and which sequence owns which page.
+"""
+
+import dataclasses
+import functools
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxfp8.batch import DecodeBatch, PrefillBatch
+from jaxfp8.cache import DEFAULT_PAGE_SIZE, KVCache
+from jaxfp8.checkpoint import mesh_shape
+from jaxfp8.dims import DATA, TENSOR
+from jaxfp8.errors import InputError
+from jaxfp8.model import Llama
+from jaxfp8.sampling import Sampled, SamplingBatch, sample
+from pallas_kernels import Target
+
+FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
+
+
+def prefill(model: Llama, cache: KVCache, batch: PrefillBatch) -> tuple[jax.Array, KVCache]:
+  """Runs ragged prompts; returns (float32 logits [B, V] after each sequence's last token, the cache with them in it)."""
+  hidden_TD, cache = model(batch, cache)
+  return model.logits(hidden_TD[batch.last_tokens()]), cache
+
+
+def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
+  """Runs one token of each sequence; returns (float32 logits [B, V], the cache with them in it)."""
+  hidden_TD, cache = model(batch, cache)
+  return model.logits(hidden_TD), cache
+
+
+@flax.struct.dataclass
+class State:
+  """What stays on the devices from step to step. last_tokens: int32 [data * places], the token last chosen per place."""
+
+  cache: KVCache
+  last_tokens: jax.Array
+
+
+@flax.struct.dataclass
+class StepInput:
+  """One step's batch with what sampling needs.
+
+  place_B: int32, where in last_tokens each sequence stands (on its data shard); out of range for an empty row.
+  emit_B: bool, whether the chosen token is the sequence's next one (false in the middle of a prompt).
+  """
+
+  batch: PrefillBatch | DecodeBatch
+  place_B: jax.Array
+  emit_B: jax.Array
+  sampling: SamplingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """The static sizes of a run, per data shard.
+
+  num_pages: pages of the KV pool. max_sequences: sequences in flight. max_pages: pages of one sequence.
+  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending.
+  num_logprobs: most probable tokens returned with each token.
+  """
+
+  num_pages: int
+  max_sequences: int
+  max_pages: int
+  prefill_sizes: tuple[int, ...] = (32, 128, 512)
+  decode_sizes: tuple[int, ...] = (2, 8, 32)
+  page_size: int = DEFAULT_PAGE_SIZE
+  num_logprobs: int = 0
+
+  def decode_size(self, num_sequences: int) -> int:
+    return next(size for size in self.decode_sizes if size >= num_sequences)
+
+  def prefill_size(self, num_tokens: int) -> int:
+    return next(size for size in self.prefill_sizes if size >= num_tokens)
+
+
+class CompiledSteps:
+  """The programs of one model on one mesh. Holds the weights; everything that changes is in State."""
+
+  def __init__(self, model: Llama, mesh: Mesh, limits: Limits):
+    if mesh_shape(mesh) != dataclasses.replace(model.shape, data=mesh.shape[DATA]):
+      raise InputError(f"steps: the model was loaded for {model.shape}; the mesh is {mesh_shape(mesh)}. Load it for this mesh.")
+    self.limits, self.mesh, self.config = limits, mesh, model.config
+    self.kv = model.recipe.kv
+    self.compile_seconds = 0.0
+    self._graph, self._tree, self._weights, self._specs = _split_for_mesh(model, mesh)
+    self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
+
+  @property
+  def num_shards(self) -> int:
+    return self.mesh.shape[DATA]
+
+  def init_state(self) -> State:
+    """An empty pool and no tokens, on the devices."""
+    return jax.jit(self._empty_state, out_shardings=self._shardings(self._state_specs()))()
+
+  def compile(self, kind: str, size: int) -> jax.stages.Compiled:
+    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once."""
+    if (kind, size) not in self._programs:
+      start = time.perf_counter()
+      self._programs[kind, size] = self.lower(kind, size).compile()
+      self.compile_seconds += time.perf_counter() - start
+    return self._programs[kind, size]
+
+  def lower(self, kind: str, size: int) -> jax.stages.Lowered:
+    inputs = self.abstract_inputs(kind, size)
+    state = jax.eval_shape(self._empty_state)
+    input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
+    sampled_specs = Sampled(*[PartitionSpec(DATA)] * 4)
+    step = jax.shard_map(
+      functools.partial(_step, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
+      mesh=self.mesh,
+      in_specs=(self._specs, self._state_specs(), input_specs),
+      out_specs=(self._state_specs(), sampled_specs),
+      check_vma=False,
+    )
+    weights = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self._weights)
+    args = tuple(
+      jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
+      for tree, shardings in (
+        (weights, self._shardings(self._specs)),
+        (state, self._shardings(self._state_specs())),
+        (inputs, self._shardings(input_specs)),
+      )
+    )
+    return jax.jit(step, donate_argnums=1).lower(*args)
+
+  def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
+    """Donates state. Starts one step; the results are on their way when this returns."""
+    kind = "prefill" if isinstance(inputs.batch, PrefillBatch) else "decode"
+    return self.compile(kind, inputs.batch.tokens_T.shape[0] // self.num_shards)(self._weights, state, inputs)
+
+  def abstract_inputs(self, kind: str, size: int) -> StepInput:
+    shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tokens, lengths = ints((shards * size,)), ints((shards * rows,))
+    table = ints((shards * rows, self.limits.max_pages))
+    if kind == "prefill":
+      batch = PrefillBatch(tokens, ints((shards * (rows + 1),)), lengths, table)
+    else:
+      batch = DecodeBatch(tokens, lengths, table)
+    B = (shards * rows,)
+    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), jax.ShapeDtypeStruct(B, jnp.uint32))
+    return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+
+  def _empty_state(self) -> State:
+    limits = self.limits
+    cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
+    return State(cache, jnp.zeros(limits.max_sequences * self.num_shards, jnp.int32))
+
+  def _state_specs(self) -> State:
+    cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
+    return State(cache.specs(), PartitionSpec(DATA))
+
+  def _shardings(self, specs):
+    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _split_for_mesh(model: Llama, mesh: Mesh):
+  """(graph, tree, weights, specs): the model as a flat tuple of arrays for shard_map; calls merge while tracing."""
+  target = model.runtime.target or Target.of(mesh.devices.flat[0])
+  twin = Llama(
+    model.config,
+    model.recipe,
+    formats=model.formats,
+    shape=model.shape,
+    axes=TENSOR,
+    implementation=model.runtime.implementation,
+    target=target,
+  )
+  graph, abstract = nnx.split(twin)
+  weights = jax.tree.leaves(nnx.state(model))
+  if jax.tree.structure(abstract).num_leaves != len(weights):
+    raise InputError("steps: the model's weights are not those of its config. Load it again.")
+  return graph, jax.tree.structure(abstract), tuple(weights), tuple(twin.partitions())
+
+
+def _step(graph, tree, vocab_size, num_logprobs, weights, state: State, inputs: StepInput) -> tuple[State, Sampled]:
+  """What one data shard computes."""
+  model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+  batch = inputs.batch
+  sequence_T, _ = batch.places()
+  known = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
+  batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, known, batch.tokens_T))
+  run = prefill if isinstance(batch, PrefillBatch) else decode
+  logits, cache = run(model, state.cache, batch)
+  sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
+  place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
+  last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
+  return State(cache, last_tokens), sampled
