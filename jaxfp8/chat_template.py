@@ -60,9 +60,7 @@ class ChatTemplate:
     if not line.endswith("\n"):  # the clock or a memory fault ended it
       child.wait()
       self._child = None
-      raise InputError(
-        f"chat: the model's chat template did not end within {self._seconds:g} s and {1 << 10} MB. {_WAY_OUT}"
-      )
+      raise InputError(f"chat: the model's chat template did not end within {self._seconds:g} s and 1 GB. {_WAY_OUT}")
     return json.loads(line)
 
   def _start(self) -> subprocess.Popen:

@@ -104,16 +104,18 @@ class TextStream:
     """The characters that this token completes; often a word, sometimes nothing."""
     self._window.append(token_id)
     text = self._tokenizer.decode(self._window)
-    whole = text if len(self._window) - self._num_out > _MAX_HELD else text.rstrip(_HALF)
+    held_too_long = len(self._window) - self._num_out > _MAX_HELD
+    whole = text if held_too_long else text.rstrip(_HALF)
     new = whole[self._text_out :]
-    if not new:
-      return ""
-    self._text_out += len(new)
-    if whole == text:
-      # The text so far stays as context for what follows; what was context before is no longer needed.
-      self._window = self._window[self._num_out :]
-      self._num_out = len(self._window)
-      self._text_out = len(self._tokenizer.decode(self._window))
+    if new:
+      self._text_out += len(new)
+      if whole == text:
+        # The tokens of this text stay as context for what follows; what was context before is no longer needed.
+        self._window = self._window[self._num_out :]
+        self._num_out = len(self._window)
+        self._text_out = len(self._tokenizer.decode(self._window))
+    elif held_too_long:
+      del self._window[self._num_out :]  # special tokens, which have no text
     return new
 
   def finish(self) -> str:

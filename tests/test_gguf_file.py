@@ -148,6 +148,15 @@ def test_a_damaged_gguf_never_ends_in_another_exception(small_gguf, tmp_path):
   assert refused > 200
 
 
+def test_a_list_longer_than_the_file_is_refused_at_once(tmp_path):
+  """gguf's own reader would step over 2**50 absent numbers one by one."""
+  key, array, uint8 = b"general.list", 9, 0
+  header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+  (tmp_path / "m.gguf").write_bytes(header + struct.pack("<IIQ", array, uint8, 2**50))
+  with pytest.raises(InputError, match="not a whole GGUF file"):
+    readers.open_source(tmp_path / "m.gguf")
+
+
 def test_a_gguf_type_that_is_not_read_is_named(tmp_path):
   config = _divisible(32)
   path = write_gguf(tmp_path / "m.gguf", config, tiny_models.make_weights(config), Type.Q5_0)

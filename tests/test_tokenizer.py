@@ -189,10 +189,11 @@ def test_half_a_character_waits_for_the_end(smollm):
 
 def test_a_long_stream_costs_the_same_per_token(smollm):
   half = smollm.encode("👩")[:1]
-  for ids in (smollm.encode("All work and no play. ") * 500, half * 3000, [1] * 3000):
-    start = time.perf_counter()
-    _stream(smollm, ids)
-    assert time.perf_counter() - start < 2
+  for ids in (smollm.encode("All work and no play. ") * 100, half * 500, [1] * 500):
+    stream = smollm.stream()
+    for token in ids:
+      stream.push(token)
+      assert len(stream._window) < 140  # what is decoded per token: the context and what is held back
 
 
 # --- chats ---

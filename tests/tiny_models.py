@@ -78,7 +78,8 @@ def make_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
   def norm() -> np.ndarray:
     return (1 + 0.2 * rng.standard_normal(D)).astype(np.float32)
 
-  weights = {"model.embed_tokens.weight": rng.standard_normal((config.vocab_size, D)).astype(np.float32)}
+  # A quarter keeps the logits of tied models near 10, where float32 itself rounds by 1e-5 or so.
+  weights = {"model.embed_tokens.weight": (0.25 * rng.standard_normal((config.vocab_size, D))).astype(np.float32)}
   for layer in range(config.num_layers):
     prefix = f"model.layers.{layer}."
     weights[prefix + "input_layernorm.weight"] = norm()

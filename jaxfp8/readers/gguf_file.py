@@ -138,9 +138,7 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
   try:
     reader = _Reader(path)
   except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-    raise InputError(
-      f"readers: {path} is not a whole GGUF file of version 2 or 3: {error}. Fetch it again."
-    ) from error
+    raise InputError(f"readers: {path} is not a whole GGUF file of version 2 or 3: {error}. Fetch it again.") from error
   splits = reader.fields.get("split.count")
   if splits is not None and splits.contents() > 1:
     raise InputError(
@@ -157,9 +155,7 @@ def _metadata(reader: gguf.GGUFReader, path: pathlib.Path) -> dict[str, Any]:
     raise InputError(f"readers: the metadata of {path} cannot be decoded: {error}. Fetch it again.") from error
 
 
-def config_from_gguf(
-  metadata: Mapping[str, Any], *, has_output: bool, rope_factors: np.ndarray | None = None
-) -> LlamaConfig:
+def config_from_gguf(metadata: Mapping[str, Any], *, has_output: bool, rope_factors: np.ndarray | None = None) -> LlamaConfig:
   """`has_output` says whether the file has `output.weight` (untied); `rope_factors` is its `rope_freqs.weight`."""
   _refuse_what_is_no_llama(metadata)
   try:
