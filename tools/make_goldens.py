@@ -140,7 +140,7 @@ def make_real(path: pathlib.Path) -> None:
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
   tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-  # transformers' GGUF loader ignores tokenizer.ggml.pre. The published tokenizer.json of SmolLM2 cuts like this.
+  # transformers' GGUF loader ignores tokenizer.ggml.pre, here "smollm". llama.cpp: single digits, then GPT-2's cut.
   tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
   )
@@ -236,8 +236,8 @@ Python {python}, {versions}; one thread, eager attention, float32, seed 0 everyw
 - `spm.json`: a SentencePiece model of 560 pieces trained for this, and the ids that sentencepiece gives.
 
 The default model is read by transformers' own GGUF loader (`from_pretrained(gguf_file=...)`, which dequantizes Q4_1 and Q8_0
-and undoes the permutation of q and k). That loader ignores the file's pre-tokenizer, so the script sets the one of the
-published tokenizer.json of SmolLM2: single digits, then GPT-2's byte-level cut.
+and undoes the permutation of q and k). That loader ignores the file's pre-tokenizer, so the script sets what llama.cpp
+understands by its name, "smollm": single digits, then GPT-2's byte-level cut.
 """
 
 
