@@ -37,9 +37,10 @@ class DeviceSpec:
     loaded programs and NCCL take.
   fp8_flops: None for a device without FP8 units: FP8 weights then save bytes only and are multiplied in bf16.
   link_*: what joins `link_devices` devices of one host, per device and direction; network_* joins further ones.
-    Latencies are those of one small all-reduce.
+    Latencies are those of one small all-reduce; link_reduces says that the switch adds up what passes through it.
   launch_seconds: the shortest time between two dependent kernels of one captured graph.
   The chip's fields (SMs to accelerated_features) describe the target for compiling without the device; they are 0 on a CPU.
+    accelerated_features: compile for sm_90a and the like, as Mosaic GPU needs from compute capability 9.0 on.
   """
 
   name: str
@@ -55,6 +56,7 @@ class DeviceSpec:
   link_bandwidth: float = 25e9
   link_latency_seconds: float = 0.0
   link_devices: int = 1
+  link_reduces: bool = False
   network_bandwidth: float = 25e9
   network_latency_seconds: float = 0.0
   launch_seconds: float = 0.0

@@ -20,10 +20,10 @@ def print_plan(console: Console, plan: DeploymentPlan) -> None:
     f"weights {recipe.weights}, activations {recipe.activations}, KV cache {recipe.kv}; tensor={mesh.tensor} data={mesh.data}; "
     f"sequences of {deployment.context:,} tokens, prompts of {deployment.prompt:,}\n"
   )
-  _print_memory(console, plan)
-  _print_ceilings(console, plan)
-  _print_times(console, plan)
-  _print_ways_out(console, plan)
+  print_memory(console, plan)
+  print_ceilings(console, plan)
+  print_times(console, plan)
+  print_ways_out(console, plan)
   for note in _notes(plan):
     console.print(f"- {note}")
   if plan.verdict:
@@ -46,7 +46,7 @@ def print_sweep(console: Console, plans: list[DeploymentPlan], refused: list[str
   first = plans[0].deployment
   console.print(f"[bold]{first.config.name} on each device[/bold] (tensor={first.mesh.tensor} data={first.mesh.data})")
   small, large = plans[0].batches[0].batch, plans[0].batches[-1].batch
-  table = _table("device", "memory", "GB/s", "fits", "sequences", f"tok/s, batch {small}", "expected")
+  table = _table("device", "memory", "GB/s", "sequences", f"tok/s, batch {small}", "expected")
   if large != small:
     table.add_column(f"in total, batch {large}", justify="right", no_wrap=True)
   table.add_column("first token", justify="right", no_wrap=True)
@@ -56,19 +56,20 @@ def print_sweep(console: Console, plans: list[DeploymentPlan], refused: list[str
     row = [device.name, format_bytes(device.memory_bytes), f"{device.bandwidth / 1e9:,.0f}"]
     if plan.fits:
       held = dict(plan.sequences)[plan.deployment.context]
-      row += ["yes", f"{held:,}", format_rate(few.total_ceiling_tok_s), _range(few)]
+      row += [f"{held:,}", format_rate(few.total_ceiling_tok_s), _range(few)]
       total = format_rate(many.total_ceiling_tok_s) if many.fits else f"lacks {format_bytes(many.shortfall_bytes)}"
       row += ([total] if large != small else []) + [format_seconds(few.ttft_floor_s)]
       table.add_row(*row)
     else:
-      table.add_row(*row, "no", "0")
+      table.add_row(*row, "0")
       lacking.append(f"{device.name} lacks {format_bytes(plan.shortfall_bytes)} a device: {plan.smallest_change}.")
   console.print(table)
   for sentence in lacking + refused:
     console.print(f"- {sentence}")
 
 
-def _print_memory(console: Console, plan: DeploymentPlan) -> None:
+def print_memory(console: Console, plan: DeploymentPlan) -> None:
+  """Where one device's memory goes with the smallest batch, and how many sequences of which length fit."""
   memory, deployment = plan.memory, plan.deployment
   table = _table("memory per device", "bytes", "", "share", "")
   batch = plan.batches[0].batch
@@ -93,7 +94,8 @@ def _print_memory(console: Console, plan: DeploymentPlan) -> None:
     console.print(f"Room for {plan.max_kv_tokens:,} tokens of KV cache. Sequences at once: {'; '.join(rooms) or 'none'}.\n")
 
 
-def _print_ceilings(console: Console, plan: DeploymentPlan) -> None:
+def print_ceilings(console: Console, plan: DeploymentPlan) -> None:
+  """Speeds per batch: the ceilings, and what published systems make of them, with their sources."""
   low, high = plan.expected_fraction
   table = _table("ceilings", "tok/s each", "tok/s in total", "expected in total", "prefill tok/s", "first token", "bound by")
   for batch in plan.batches:
@@ -117,7 +119,8 @@ def _print_ceilings(console: Console, plan: DeploymentPlan) -> None:
   console.print(f"Sources: {'; '.join(sources)}.\n", style="dim", highlight=False)
 
 
-def _print_times(console: Console, plan: DeploymentPlan) -> None:
+def print_times(console: Console, plan: DeploymentPlan) -> None:
+  """Where the time of a decode step goes, what FP8 gains there, and when decode turns compute-bound."""
   table = _table("one decode step", "weights", "KV", "FLOPs", "collectives", "launches", "least time")
   table.add_column("FP8 weights", justify="right")
   table.add_column("FP8 KV", justify="right")
@@ -139,8 +142,9 @@ def _print_times(console: Console, plan: DeploymentPlan) -> None:
   console.print(f"Decode turns compute-bound {short} with empty caches, and with {context:,} tokens {at_context}.\n")
 
 
-def _print_ways_out(console: Console, plan: DeploymentPlan) -> None:
-  if not plan.ways_out:
+def print_ways_out(console: Console, plan: DeploymentPlan) -> None:
+  """What would be faster, the largest gain first; nothing for what does not fit."""
+  if not plan.ways_out or not plan.fits:
     return
   batch = plan.verdict.batch if plan.verdict else plan.batches[0].batch
   table = _table(f"ways out, from batch {batch}", "in total", "each", "")
@@ -186,5 +190,5 @@ def _table(*names: str) -> Table:
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
   for index, name in enumerate(names):
     words = index == 0 or (name == "" and index == len(names) - 1)
-    table.add_column(name, justify="left" if words else "right", no_wrap=not words)
+    table.add_column(name, justify="left" if words else "right", no_wrap=index == 0 or not words)
   return table

@@ -297,8 +297,8 @@ def _step(
 
 
 def _collective_seconds(cost: StepCost, device: DeviceSpec) -> float:
-  """All-reduces over the tensor axes: a ring within a host carries 2 (n - 1) / n of the payload; between hosts each device
-  carries its share of it. Both latencies count, since one follows the other."""
+  """All-reduces over the tensor axes: within a host a ring carries 2 (n - 1) / n of the payload each way, a switch that
+  adds up (n + 1) / n; between hosts each device carries its share. Both latencies count, since one follows the other."""
   tensor = cost.mesh.tensor
   if tensor == 1:
     return 0.0
@@ -306,7 +306,8 @@ def _collective_seconds(cost: StepCost, device: DeviceSpec) -> float:
   hosts = -(-tensor // local)
   seconds = 0.0
   if local > 1:
-    wire = 2 * (local - 1) / local * cost.all_reduce_bytes
+    factor = 2 * (local - 1) / local
+    wire = cost.all_reduce_bytes * (min(factor, (local + 1) / local) if device.link_reduces else factor)
     seconds += wire / device.link_bandwidth + cost.num_collectives * device.link_latency_seconds
   if hosts > 1:
     wire = 2 * (hosts - 1) / hosts * cost.all_reduce_bytes / local

@@ -238,6 +238,16 @@ def test_bound_times_by_hand():
   assert bound(cost, _device(fp8_flops=None)).flops == pytest.approx(sum(cost.flops.values()) / 1e12)
 
 
+@pytest.mark.parametrize(("tensor", "ring", "switch"), [(2, 1, 1), (4, 3 / 2, 5 / 4), (8, 7 / 4, 9 / 8)])
+def test_a_switch_that_adds_up_carries_less(tensor, ring, switch):
+  config = LlamaConfig.from_name("llama-3.1-70b")
+  cost = decode_step(config, FP8, [1] * 4, MeshShape.for_model(config, tensor))
+  device = _device(link_bandwidth=1e9, link_devices=8)
+  assert bound(cost, device).collectives == pytest.approx(ring * cost.all_reduce_bytes / 1e9)
+  device = dataclasses.replace(device, link_reduces=True)
+  assert bound(cost, device).collectives == pytest.approx(switch * cost.all_reduce_bytes / 1e9)
+
+
 def test_all_reduces_between_hosts_pay_the_network():
   config = LlamaConfig.from_name("llama-3.1-405b")
   cost = decode_step(config, FP8, [1], MeshShape.for_model(config, 16))
