@@ -18,12 +18,6 @@ class _Places:
     """(sequence of each token, its position in it), both int32 [T]; padding has position -1."""
     return query_places(self.query_starts, self.lengths_B, self.tokens_T.shape[0])
 
-  def slots(self, page_size: int, num_pages: int) -> tuple[jax.Array, jax.Array]:
-    """(page, place in the page) where each token's K and V go; padding gets page num_pages, which is out of range."""
-    sequence_T, position_T = self.places()
-    page_T = self.page_table_BM[sequence_T, jnp.maximum(position_T, 0) // page_size]
-    return jnp.where(position_T < 0, num_pages, page_T), position_T % page_size
-
 
 @flax.struct.dataclass
 class PrefillBatch(_Places):

@@ -13,6 +13,7 @@ from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import DATA, KV
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, quantize_tokens
+from pallas_kernels import page_write
 
 PAGE_SIZES = (32, 64, 128)
 DEFAULT_PAGE_SIZE = 64
@@ -74,25 +75,24 @@ class KVCache:
   def unflatten(self, num_layers: int) -> "KVCache":
     return jax.tree.map(lambda leaf: leaf.reshape(num_layers, -1, *leaf.shape[1:]), self)
 
-  def write(self, k_TKH: jax.Array, v_TKH: jax.Array, page_T: jax.Array, slot_T: jax.Array) -> "KVCache":
-    """Puts one token's keys and values at (page, slot) of a flattened pool; a page out of range is dropped (padding).
+  def write(
+    self,
+    k_TKH: jax.Array,
+    v_TKH: jax.Array,
+    page_table_BM: jax.Array,
+    query_starts: jax.Array | None,
+    lengths_B: jax.Array,
+    **kernels,
+  ) -> "KVCache":
+    """Puts the keys and values of query tokens into a flattened pool; arguments as in `pallas_kernels.page_write`.
 
-    Donates nothing by itself; inside a step whose cache is donated it is done in place.
+    Float8 pages get one scale per token and head. In place inside a step whose cache is donated.
     """
     if self.k_scale is None:
-      return self.replace(
-        k_pages=_put_k(self.k_pages, k_TKH, page_T, slot_T),
-        v_pages=self.v_pages.at[page_T, :, :, slot_T].set(v_TKH.astype(self.v_pages.dtype), mode="drop"),
-      )
-    k, k_scale = quantize_tokens(k_TKH)
-    v, v_scale = quantize_tokens(v_TKH)
-    return KVCache(
-      k_pages=_put_k(self.k_pages, k, page_T, slot_T),
-      v_pages=self.v_pages.at[page_T, :, :, slot_T].set(v, mode="drop"),
-      k_scale=_put_k(self.k_scale, k_scale, page_T, slot_T),
-      v_scale=_put_k(self.v_scale, v_scale, page_T, slot_T),
-    )
-
-
-def _put_k(pages, values, page_T, slot_T):
-  return pages.at[page_T, :, slot_T].set(values.astype(pages.dtype), mode="drop")
+      pages, values = (self.k_pages, self.v_pages), (k_TKH.astype(self.k_pages.dtype), v_TKH.astype(self.v_pages.dtype))
+    else:
+      (k, k_scale), (v, v_scale) = quantize_tokens(k_TKH), quantize_tokens(v_TKH)
+      pages, values = (self.k_pages, self.v_pages, self.k_scale, self.v_scale), (k, v, k_scale, v_scale)
+    token_axes = (2, 3, 2, 2)[: len(pages)]
+    written = page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, **kernels)
+    return KVCache(*written, *(None,) * (4 - len(written)))

@@ -26,6 +26,7 @@ from jaxfp8.dims import TENSOR, Axes, Padded, index_over, sum_over
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, QArray, quantize_tokens
 from jaxfp8.mesh import MeshShape
+from pallas_kernels.float8_bytes import loop_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +111,11 @@ class Attention(nnx.Module):
     T, K, rows, H = qkv.shape
     q = _rotate(qkv[:, :, : rows - 2].reshape(T, K * (rows - 2), H), context)
     k = _rotate(qkv[:, :, rows - 2], context)
-    pool = pool.write(k, qkv[:, :, rows - 1], context.page_T, context.slot_T)
+    where = context.page_table_BM, context.query_starts, context.lengths_B
+    kernels = {"implementation": self.runtime.implementation, "target": self.runtime.target}
+    pool = pool.write(k, qkv[:, :, rows - 1], *where, **kernels)
     out = pallas_kernels.paged_attention(
-      q,
-      pool.k_pages,
-      pool.v_pages,
-      context.page_table_BM,
-      context.query_starts,
-      context.lengths_B,
-      k_scale=pool.k_scale,
-      v_scale=pool.v_scale,
-      implementation=self.runtime.implementation,
-      target=self.runtime.target,
+      q, pool.k_pages, pool.v_pages, *where, k_scale=pool.k_scale, v_scale=pool.v_scale, **kernels
     )
     return sum_over(self.o(out.reshape(T, -1)), self.runtime.axes), pool
 
@@ -210,17 +204,19 @@ class Llama(nnx.Module):
   def __call__(self, batch: PrefillBatch | DecodeBatch, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Runs the batch's tokens; returns (hidden [T, D] after the last norm, the cache with their keys and values)."""
     num_pages = cache.k_pages.shape[1]
-    context = _Context.of(batch, cache, self.config)
+    context = _Context.of(batch, self.config)
     x, pool, layer = self.embed(batch.tokens_T), cache.flatten(), 0
+    pack, unpack = loop_views(self.runtime.target)
     for segment in self.segments:
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        index, weights = inputs
-        return nnx.merge(graph, weights)(*carry, context.at_layer(index, num_pages)), None
+        (x, pool), (index, weights) = unpack(carry), unpack(inputs)
+        return pack(nnx.merge(graph, weights)(x, pool, context.at_layer(index, num_pages))), None
 
       length = segment.attention_norm.weight.get_value().shape[0]
-      (x, pool), _ = jax.lax.scan(run_layer, (x, pool), (layer + jnp.arange(length), stacked))
+      carry, _ = jax.lax.scan(run_layer, pack((x, pool)), pack((layer + jnp.arange(length), stacked)))
+      x, pool = unpack(carry)
       layer += length
     return self.final_norm(x), pool.unflatten(self.config.num_layers)
 
@@ -304,10 +300,8 @@ class _Builder:
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-  """What every layer of a step shares: where tokens stand, which pages they use, their rotary angles."""
+  """What every layer of a step shares: which pages its tokens use, and their rotary angles."""
 
-  page_T: jax.Array
-  slot_T: jax.Array
   page_table_BM: jax.Array
   query_starts: jax.Array | None
   lengths_B: jax.Array
@@ -315,13 +309,10 @@ class _Context:
   sin_TH: jax.Array
 
   @classmethod
-  def of(cls, batch, cache: KVCache, config: LlamaConfig) -> "_Context":
-    page_T, slot_T = batch.slots(cache.page_size, cache.k_pages.shape[1])
+  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig) -> "_Context":
     _, position_T = batch.places()
     angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
     return cls(
-      page_T,
-      slot_T,
       batch.page_table_BM,
       batch.query_starts,
       batch.lengths_B,
@@ -330,10 +321,8 @@ class _Context:
     )
 
   def at_layer(self, layer: jax.Array, num_pages: int) -> "_Context":
-    """Page numbers of one layer in the flattened pool; padding stays out of range of the whole pool."""
-    shift = layer * num_pages
-    page_T = jnp.where(self.page_T >= num_pages, jnp.iinfo(jnp.int32).max, self.page_T + shift)
-    return dataclasses.replace(self, page_T=page_T, page_table_BM=self.page_table_BM + shift)
+    """The same with one layer's page numbers in the flattened pool."""
+    return dataclasses.replace(self, page_table_BM=self.page_table_BM + layer * num_pages)
 
 
 def _rotate(x_TNH: jax.Array, context: _Context) -> jax.Array:

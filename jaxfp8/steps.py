@@ -26,6 +26,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.sampling import Sampled, SamplingBatch, sample
 from pallas_kernels import Target
+from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
 
@@ -44,7 +45,10 @@ def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array,
 
 @flax.struct.dataclass
 class State:
-  """What stays on the devices from step to step. last_tokens: int32 [data * places], the token last chosen per place."""
+  """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
+
+  last_tokens: int32 [data * places], the token last chosen for each place.
+  """
 
   cache: KVCache
   last_tokens: jax.Array
@@ -97,7 +101,9 @@ class CompiledSteps:
     self.limits, self.mesh, self.config = limits, mesh, model.config
     self.kv = model.recipe.kv
     self.compile_seconds = 0.0
-    self._graph, self._tree, self._weights, self._specs = _split_for_mesh(model, mesh)
+    self._graph, self._tree, weights, self._specs = _split_for_mesh(model, mesh)
+    self._target = Target.of(mesh.devices.flat[0])
+    self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
     self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
 
   @property
@@ -122,7 +128,7 @@ class CompiledSteps:
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
     sampled_specs = Sampled(*[PartitionSpec(DATA)] * 4)
     step = jax.shard_map(
-      functools.partial(_step, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
+      functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
       mesh=self.mesh,
       in_specs=(self._specs, self._state_specs(), input_specs),
       out_specs=(self._state_specs(), sampled_specs),
@@ -161,7 +167,8 @@ class CompiledSteps:
   def _empty_state(self) -> State:
     limits = self.limits
     cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
-    return State(cache, jnp.zeros(limits.max_sequences * self.num_shards, jnp.int32))
+    pack, _ = loop_views(self._target)
+    return pack(State(cache, jnp.zeros(limits.max_sequences * self.num_shards, jnp.int32)))
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
@@ -173,7 +180,6 @@ class CompiledSteps:
 
 def _split_for_mesh(model: Llama, mesh: Mesh):
   """(graph, tree, weights, specs): the model as a flat tuple of arrays for shard_map; calls merge while tracing."""
-  target = model.runtime.target or Target.of(mesh.devices.flat[0])
   twin = Llama(
     model.config,
     model.recipe,
@@ -181,7 +187,7 @@ def _split_for_mesh(model: Llama, mesh: Mesh):
     shape=model.shape,
     axes=TENSOR,
     implementation=model.runtime.implementation,
-    target=target,
+    target=Target.of(mesh.devices.flat[0]),
   )
   graph, abstract = nnx.split(twin)
   weights = jax.tree.leaves(nnx.state(model))
@@ -190,8 +196,10 @@ def _split_for_mesh(model: Llama, mesh: Mesh):
   return graph, jax.tree.structure(abstract), tuple(weights), tuple(twin.partitions())
 
 
-def _step(graph, tree, vocab_size, num_logprobs, weights, state: State, inputs: StepInput) -> tuple[State, Sampled]:
+def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInput) -> tuple[State, Sampled]:
   """What one data shard computes."""
+  pack, unpack = loop_views(target)
+  weights, state = unpack((weights, state))
   model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
   batch = inputs.batch
   sequence_T, _ = batch.places()
@@ -202,4 +210,4 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state: State, inputs: 
   sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
   place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
   last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
-  return State(cache, last_tokens), sampled
+  return pack(State(cache, last_tokens)), sampled

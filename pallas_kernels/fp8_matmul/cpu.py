@@ -1,15 +1,17 @@
 """fp8_matmul for XLA:CPU: float8 is widened by bit operations, the product is a bf16 or f32 dot, scales come after it.
 
-Three facts decide everything here (measured on AVX-512 cores):
+Four facts decide everything here (measured on AVX-512 cores):
   - XLA:CPU's own float8 -> float32 conversion is fifteen times slower than the bit trick of `widen`.
   - With at least two rows, a dot's result for a row has the same bits whatever the number of rows; with one row it takes
     another path that rounds differently and uses one core. So one row is padded to two.
+  - XLA:CPU cannot slice float8, so loops carry it as bytes (see float8_bytes.py).
   - Every e4m3 value is exact in bf16, and products accumulate in float32, so widening to bf16 costs nothing.
 """
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.float8_bytes import to_bytes
 from pallas_kernels.fp8_matmul import api
 
 _MAX_WIDENED = 1 << 24  # elements of w widened at once: larger matrices (a 70B's gate_up) go in blocks of rows
@@ -28,7 +30,7 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype):
 
 
 def widen(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """float8_e4m3fn -> bf16 or f32, exact for every finite value.
+  """float8_e4m3fn (or its bytes) -> bf16 or f32, exact for every finite value.
 
   e4m3's seven lower bits are shifted into float16's places, which is the value divided by 2^8, subnormals included.
   """
@@ -44,7 +46,7 @@ def _in_row_blocks(x, w_FD, w_scale):
     blocks *= 2
   if blocks == 1:
     return _product(x, w_FD, w_scale)
-  parts = w_FD.reshape(blocks, F // blocks, D), w_scale.reshape(blocks, -1, *w_scale.shape[1:])
+  parts = to_bytes(w_FD).reshape(blocks, F // blocks, D), w_scale.reshape(blocks, -1, *w_scale.shape[1:])
   y = jax.lax.map(lambda part: _product(x, *part), parts)
   return y.transpose(1, 0, 2).reshape(x.shape[0], F)
 
@@ -62,9 +64,7 @@ def _product(x, w_FD, w_scale):
 def _dot(x, w):
   if x.dtype != w.dtype:
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-  return jax.lax.dot_general(
-    x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-  )
+  return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _block_scaled_dot(x, w, scale_FB):

@@ -12,6 +12,7 @@ Decode runs all sequences together, one page of each at a time; prefill runs til
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.float8_bytes import to_bytes
 from pallas_kernels.fp8_matmul.cpu import widen
 
 _TILE = 32  # queries of one sequence at a time
@@ -19,7 +20,7 @@ _LOWEST = -1e30
 
 
 def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale):
-  pages = (k_pages, v_pages, k_scale, v_scale)
+  pages = (to_bytes(k_pages), to_bytes(v_pages), k_scale, v_scale)
   run = _decode if query_starts is None else _prefill
   args = (query_starts,) if query_starts is not None else ()
   return run(q_TNH, pages, page_table_BM, *args, lengths_B).astype(q_TNH.dtype)
@@ -111,7 +112,7 @@ def _batched_dot(a, b):
   """a [.., rows, k] times b [.., columns, k] over the last axis."""
   batch = tuple(range(a.ndim - 2))
   contract = ((a.ndim - 1,), (a.ndim - 1,))
-  return jax.lax.dot_general(a, b, (contract, (batch, batch)), precision=jax.lax.Precision.HIGHEST)
+  return jax.lax.dot_general(a, b, (contract, (batch, batch)))
 
 
 def _ungrouped(state, N):

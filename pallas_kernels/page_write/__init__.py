@@ -1,0 +1,1 @@
+"""New keys, values or scales into their places in a pool of pages."""
