@@ -130,6 +130,18 @@ def test_replicas_share_nothing():
   assert four.memory == one.memory and four.max_kv_tokens == 4 * one.max_kv_tokens
   assert four.batches[0].total_ceiling_tok_s == pytest.approx(4 * one.batches[0].total_ceiling_tok_s)
   assert four.batches[0].decode_ceiling_tok_s == pytest.approx(one.batches[0].decode_ceiling_tok_s)
+  assert [count for _, count in four.sequences] == [4 * count for _, count in one.sequences]
+  # Nine sequences over four replicas: one replica has three of them.
+  odd, even = (plan_deployment("llama-3.1-8b", "h100", batches=[size], data=4) for size in (9, 12))
+  assert odd.memory == even.memory and odd.batches[0].step_floor_s == even.batches[0].step_floor_s
+
+
+def test_prompts_that_arrive_together_wait_for_each_other():
+  one, eight = plan_deployment("llama-3.1-8b", "h100", batches=[1, 8], prompt=2048).batches
+  linears, attention = 2 * 6.98e9 * 2048, 4 * 32 * 128 * 32 * 2048 * 2049 / 2
+  assert one.ttft_floor_s == pytest.approx((linears + attention) / 1978.9e12, rel=0.002)
+  assert eight.ttft_floor_s == pytest.approx(8 * one.ttft_floor_s, rel=1e-3)
+  assert eight.prefill_ceiling_tok_s == pytest.approx(8 * 2048 / eight.ttft_floor_s)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +226,13 @@ def test_ways_out_are_sorted_and_computed():
   assert any("H200" in what for what in ways)
   more = next(way for way in plan.ways_out if "sequences at once" in way.what)
   assert more.per_sequence_gain < 1 < more.total_gain
+  from_four = plan_deployment("llama-3.1-8b", "h100", batches=[4, 8])
+  doubled = next(way for way in from_four.ways_out if way.what == "8 sequences at once instead of 4")
+  four, eight = from_four.batches
+  assert doubled.total_gain == pytest.approx(eight.total_ceiling_tok_s / four.total_ceiling_tok_s)
+  size = int(more.what.split()[0])
+  larger = plan_deployment("llama-3.1-70b", "gb10", batches=[size], kv_cache="bf16", weights="bf16", count=2, context=32768)
+  assert more.total_gain == pytest.approx(larger.batches[0].total_ceiling_tok_s / plan.batches[0].total_ceiling_tok_s)
 
 
 def test_speculation_by_hand():
@@ -224,6 +243,14 @@ def test_speculation_by_hand():
   plan = plan_deployment(config, "h100", batches=[1], speculation=Speculation(0.5, 2))
   way = next(way for way in plan.ways_out if "prompt lookup" in way.what)
   assert way.total_gain == pytest.approx(1.75, rel=0.001)
+  # With a draft model its four steps cost 4 x (0.97 GB of linears + 0.53 GB of head + the cache) on top of 70.58 GB + cache.
+  plan = plan_deployment("llama-3.1-70b", "gb10", batches=[1], context=64)
+  way = next(way for way in plan.ways_out if "llama-3.2-1b as draft" in way.what)
+  assert way.total_gain == pytest.approx(Speculation().tokens_per_step * 70.6 / (70.6 + 4 * (0.973 + 0.525)), rel=0.002)
+  # Where arithmetic is the limit, checking five tokens costs five times as much.
+  slow = dataclasses.replace(load_device("gb10"), fp8_flops=1e9, bf16_flops=1e9)
+  ways = plan_deployment(config, slow, batches=[1]).ways_out
+  assert not any("speculation" in way.what for way in ways)
 
 
 def test_published_systems_give_the_expected_range():

@@ -168,6 +168,17 @@ def test_prefill_counts_by_hand():
   weights = weight_bytes(config, FP8)
   assert long.weight_read_bytes == 3 * (weights.streamed - weights.head) + weights.head + 5000 * 64 * 2
   assert long.kv_read_bytes == (2048 + 4096 + 5000) * kv
+  assert long.launches == 3 * (12 * 2 + 8)
+  assert prefill_step(config, FP8, 5000, mesh=MeshShape(kv=2)).num_collectives == 3 * (2 * 2 + 2)
+  assert prefill_step(config, FP8, 10, num_sequences=3, mesh=MeshShape(data=2)).num_tokens == 20
+
+
+def test_checking_drafted_tokens_reads_once_and_computes_for_each():
+  config = LlamaConfig.from_name("tiny")
+  one, five = decode_step(config, FP8, [10, 30]), decode_step(config, FP8, [10, 30], query_tokens=5)
+  assert five.kv_read_bytes == one.kv_read_bytes and five.kv_written_bytes == 5 * one.kv_written_bytes
+  assert {dtype: amount / 5 for dtype, amount in five.flops.items()} == one.flops
+  assert five.weight_read_bytes - one.weight_read_bytes == 8 * 64 * 2  # eight more rows of the embedding
 
 
 def test_prefill_of_70b_needs_137_gflop_a_token():
