@@ -99,9 +99,13 @@ def ways_out(deployment: Deployment, batch: int, speculation: Speculation) -> tu
 def _more_sequences(deployment: Deployment, batch: int, now: float) -> Iterator[Option]:
   most = max_sequences(deployment)
   sizes = {size for size in (2 * batch, 8 * batch, 32 * batch) if size < most} | {min(most, 32 * batch)}
+  reached = 1.0
   for size in sorted(size for size in sizes if size > batch):
     each = now / decode_times(deployment, size).step
-    yield Option(f"{size} sequences at once instead of {batch}", each, each * size / batch)
+    total = each * size / batch
+    if total > 1.05 * reached:  # where arithmetic is the limit, more sequences only wait for each other
+      yield Option(f"{size} sequences at once instead of {batch}", each, total)
+      reached = total
 
 
 def _other_numbers(deployment: Deployment, batch: int, now: float) -> Iterator[Option]:

@@ -94,7 +94,7 @@ def _draw_throughput(axes, plan: DeploymentPlan) -> None:
     axes.plot(*zip(*fitting, strict=True), color="#444444", label=f"ceiling, up to the {held:,} sequences that fit")
     for share, style in zip(plan.expected_fraction, (":", "--"), strict=True):
       slower = [(latency / share, rate * share) for latency, rate in fitting]
-      axes.plot(*zip(*slower, strict=True), color="#999999", linestyle=style, label=f"{100 * share:.0f} % of it (published)")
+      axes.plot(*zip(*slower, strict=True), color="#999999", linestyle=style, label=f"{100 * share:.0f} % of it (others reach)")
   if len(beyond) > 1:
     axes.plot(*zip(*beyond, strict=True), color="#cc3311", linestyle="-.", label="ceiling, more than fits")
   for index, batch in enumerate(plan.batches):

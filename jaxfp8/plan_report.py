@@ -44,12 +44,14 @@ def shortfall_sentence(plan: DeploymentPlan) -> str:
 def print_sweep(console: Console, plans: list[DeploymentPlan], refused: list[str]) -> None:
   """One row a device, the fastest at the smallest batch first; those that do not hold it last, with what would."""
   first = plans[0].deployment
-  console.print(f"[bold]{first.config.name} on each device[/bold] (tensor={first.mesh.tensor} data={first.mesh.data})")
+  mesh = f"tensor={first.mesh.tensor} data={first.mesh.data}"
+  console.print(f"[bold]{first.config.name} on each device[/bold], tokens/s of all sequences ({mesh})")
   small, large = plans[0].batches[0].batch, plans[0].batches[-1].batch
-  table = _table("device", "memory", "GB/s", "sequences", f"tok/s, batch {small}", "expected")
+  table = _table("device", "memory", "GB/s", "sequences", f"batch {small}", "expected")
   if large != small:
-    table.add_column(f"in total, batch {large}", justify="right", no_wrap=True)
+    table.add_column(f"batch {large}", justify="right", no_wrap=True)
   table.add_column("first token", justify="right", no_wrap=True)
+  table.add_column("bound by", justify="right", no_wrap=True)
   lacking: list[str] = []
   for plan in sorted(plans, key=lambda plan: (not plan.fits, -plan.batches[0].total_ceiling_tok_s)):
     device, few, many = plan.deployment.device, plan.batches[0], plan.batches[-1]
@@ -58,7 +60,7 @@ def print_sweep(console: Console, plans: list[DeploymentPlan], refused: list[str
       held = dict(plan.sequences)[plan.deployment.context]
       row += [f"{held:,}", format_rate(few.total_ceiling_tok_s), _range(few)]
       total = format_rate(many.total_ceiling_tok_s) if many.fits else f"lacks {format_bytes(many.shortfall_bytes)}"
-      row += ([total] if large != small else []) + [format_seconds(few.ttft_floor_s)]
+      row += ([total] if large != small else []) + [format_seconds(few.ttft_floor_s), BOUND_NAMES[few.bound_by]]
       table.add_row(*row)
     else:
       table.add_row(*row, "0")
@@ -113,7 +115,7 @@ def print_ceilings(console: Console, plan: DeploymentPlan) -> None:
     if not batch.fits:
       console.print(f"* batch {batch.batch} lacks {format_bytes(batch.shortfall_bytes)} of memory on each device.")
   console.print(
-    f"Nothing can be faster than the ceilings; published systems reach {format_share(low)} to {format_share(high)} of them."
+    f"Nothing can be faster than the ceilings; other systems reach {format_share(low)} to {format_share(high)} of them."
   )
   sources = [f"{row.who} {format_share(row.fraction)} ({row.source})" for row in plan.published]
   console.print(f"Sources: {'; '.join(sources)}.\n", style="dim", highlight=False)

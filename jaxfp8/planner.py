@@ -183,7 +183,7 @@ def _plan(
   weights = weight_bytes(config, recipe, mesh)
   memory = memory_budget(deployment, batches[0])
   fits = memory.free >= 0
-  low, high, published = expected_fractions(mesh.tensor)
+  low, high, published = expected_fractions(deployment.device.name, mesh.tensor)
   contexts = sorted({size for size in (*CONTEXTS, deployment.context) if size <= config.max_context})
   return DeploymentPlan(
     deployment=deployment,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from jaxfp8.config import LlamaConfig, Recipe, configs_folder, read_toml
-from jaxfp8.devices import load_device
+from jaxfp8.devices import CPU, load_device
 from jaxfp8.mesh import MeshShape
 from jaxfp8.roofline import bound, decode_step, weight_bytes
 
@@ -31,10 +31,14 @@ def published_measurements() -> tuple[Measurement, ...]:
   return tuple(_measurement(row) for row in rows)
 
 
-def expected_fractions(tensor: int) -> tuple[float, float, tuple[Measurement, ...]]:
-  """(lowest, highest, the measurements) of the shares of the ceiling that published GPU systems reach: those on one
-  device for tensor = 1, those cut over several for more."""
-  rows = tuple(row for row in published_measurements() if row.device and (row.tensor > 1) == (tensor > 1))
+def expected_fractions(device: str, tensor: int) -> tuple[float, float, tuple[Measurement, ...]]:
+  """(lowest, highest, the measurements) of the shares of the ceiling that others reach: on a CPU those of CPUs, else those
+  of one GPU for tensor = 1 and of several for more."""
+
+  def alike(row: Measurement) -> bool:
+    return bool(row.device) and (row.device == CPU) == (device == CPU) and (row.tensor > 1) == (tensor > 1)
+
+  rows = tuple(row for row in published_measurements() if alike(row))
   return min(row.fraction for row in rows), max(row.fraction for row in rows), rows
 
 

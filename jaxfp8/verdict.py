@@ -36,14 +36,14 @@ def judge(deployment: Deployment, observed_tok_s: float, batch: int) -> Verdict:
   ceiling = batch / decode_times(deployment, batch, 1).step
   held = batch / decode_times(deployment, batch).step
   fraction, at_context = observed_tok_s / ceiling, observed_tok_s / held
-  low, high, _ = expected_fractions(deployment.mesh.tensor)
+  low, high, _ = expected_fractions(deployment.device.name, deployment.mesh.tensor)
   first = (
     f"{format_observed(observed_tok_s)} tok/s{_batch_words(batch)} is {format_share(fraction)} of the "
     f"{format_rate(ceiling)} tok/s that {_limit(deployment, batch)} allow"
   )
   if format_share(at_context) != format_share(fraction):
     first += f" ({format_share(at_context)} of the {format_rate(held)} with {deployment.context:,} tokens in every cache)"
-  usual = f"published systems reach {format_share(low)} to {format_share(high)}"
+  usual = f"other systems reach {format_share(low)} to {format_share(high)}"
   if fraction > ABOVE:
     kind, rest = (
       "above",
