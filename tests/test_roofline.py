@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxfp8 import cache, model
+from jaxfp8 import cache, convert, model, readers
 from jaxfp8.config import LlamaConfig, Recipe
 from jaxfp8.devices import DeviceSpec, load_device
 from jaxfp8.errors import InputError
@@ -109,6 +109,15 @@ def test_bytes_are_those_of_the_abstract_model(name, granularity, tensor):
   sizes = {"data": 1, "kv": mesh.kv, "group": mesh.group}
   weights = weight_bytes(config, recipe, mesh)
   assert weights.stored == _local_bytes(jax.tree.leaves(nnx.state(llama)), llama.partitions(), sizes)
+
+
+def test_bytes_are_those_of_the_real_model_and_its_pool():
+  source = readers.open_source(readers.default_model())
+  for recipe in (Recipe(kv="fp8"), Recipe(granularity="block128", kv="bf16")):
+    llama = convert.load_source(source, recipe)
+    assert weight_bytes(source.config, recipe).stored == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llama)))
+    pool = cache.KVCache.init(source.config, num_pages=2, dtype=recipe.kv)
+    assert 2 * pool.page_size * kv_bytes_per_token(source.config, recipe) == sum(leaf.nbytes for leaf in jax.tree.leaves(pool))
 
 
 @pytest.mark.parametrize("kv", ["fp8", "bf16", "f32"])
