@@ -5,7 +5,7 @@
       tokenizer.json, chat_template.jinja
 
 A checkpoint is written group by group under a temporary name and renamed when everything is on the disk: it is whole or
-it does not exist. `load` builds the arrays of a model for any mesh, one merged weight at a time.
+it does not exist. `load_checkpoint` builds the arrays of a model for any mesh, one merged weight at a time.
 """
 
 import dataclasses
@@ -164,7 +164,7 @@ def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | No
       writer.write(layout.split_layer(model, layer))
 
 
-def load(
+def load_checkpoint(
   folder: str | os.PathLike,
   *,
   activations: str | None = None,

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, fp8, layout
+from jaxfp8 import checkpoint, fp8, layout, readers
+from jaxfp8.checkpoint import is_checkpoint, load_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model import LayerFormat, Llama
@@ -20,7 +22,7 @@ Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how m
 _WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
 
 
-def convert_source(
+def convert_checkpoint(
   source: Source, folder: str | os.PathLike, recipe: Recipe, *, provenance: dict | None = None, progress: Progress | None = None
 ) -> None:
   """Quantizes `source` by `recipe` and writes it as a checkpoint, one layer in memory at a time.
@@ -45,7 +47,33 @@ def convert_source(
           progress(done, sum(sizes))
 
 
-def load_source(source: Source, recipe: Recipe, *, mesh=None, implementation: str = "auto") -> Llama:
+def load(
+  path: str | os.PathLike, recipe: Recipe | None = None, *, mesh: Mesh | None = None, implementation: str = "auto"
+) -> Llama:
+  """A model with arrays from a checkpoint of jaxfp8, a Hugging Face folder or a GGUF file.
+
+  Args:
+    recipe: what numbers to run in. None: what a checkpoint of jaxfp8 was made for, Recipe() for others. Weights of a
+      checkpoint of jaxfp8 are never requantized, so its recipe may differ only in activations and kv.
+    mesh: from `make_mesh`; None is one device.
+    implementation: which kernels (see pallas_kernels); gradients need "reference".
+
+  Raises:
+    InputError: nothing readable there, a damaged checkpoint, another recipe's weights, or an impossible mesh.
+  """
+  if not is_checkpoint(path):
+    return load_source(readers.open_source(path), recipe or Recipe(), mesh=mesh, implementation=implementation)
+  stored = read_manifest(path).recipe
+  recipe = recipe or stored
+  if (recipe.weights, recipe.granularity, recipe.stream) != (stored.weights, stored.granularity, stored.stream):
+    raise InputError(
+      f"load: {path} holds {stored.weights} weights ({stored.granularity}); got {recipe.weights} ({recipe.granularity}). "
+      "Weights are never requantized: pass the source checkpoint, or the recipe that is stored."
+    )
+  return load_checkpoint(path, activations=recipe.activations, kv=recipe.kv, mesh=mesh, implementation=implementation)
+
+
+def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, implementation: str = "auto") -> Llama:
   """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
   arrays = SourceArrays(source, recipe)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)

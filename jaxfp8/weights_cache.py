@@ -1,0 +1,92 @@
+"""Converted weights kept between runs: a source checkpoint and a recipe give a folder with our checkpoint.
+
+    CACHE/checkpoints/NAME-fp8-channel-HASH/   the checkpoint; HASH is of the source's content, the recipe and the format
+    CACHE/sources.json                         path, size, time of the source's files -> hash of their content
+
+The second start looks at the files' sizes and times alone: it neither reads the source nor quantizes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+from jaxfp8 import convert, readers
+from jaxfp8.checkpoint import FORMAT_VERSION, is_checkpoint
+from jaxfp8.config import Recipe
+from jaxfp8.convert import Progress
+from jaxfp8.errors import InputError
+
+
+def cached_checkpoint(
+  source_path: str | os.PathLike, recipe: Recipe, cache_dir: str | os.PathLike, progress: Progress | None = None
+) -> pathlib.Path:
+  """The folder with `source_path` converted by `recipe`'s weights, converting it first if it is not there yet.
+
+  Raises InputError for a source that cannot be read or a cache folder that cannot be written; nothing half-written stays.
+  """
+  cache = pathlib.Path(cache_dir).expanduser()
+  digest = _content_digest(readers.source_files(source_path), cache)
+  key = hashlib.sha256(f"{digest} {recipe.weights} {recipe.granularity} {recipe.stream} {FORMAT_VERSION}".encode()).hexdigest()
+  name = re.sub(r"[^A-Za-z0-9._]+", "-", pathlib.Path(source_path).resolve().stem)
+  kind = recipe.weights if recipe.weights != "fp8" else f"fp8-{recipe.granularity}"
+  folder = cache / "checkpoints" / f"{name}-{kind}-{key[:16]}"
+  if not is_checkpoint(folder):
+    convert.convert_checkpoint(
+      readers.open_source(source_path), folder, recipe, provenance={"source_sha256": digest}, progress=progress
+    )
+  return folder
+
+
+def _content_digest(files: list[pathlib.Path], cache: pathlib.Path) -> str:
+  """SHA-256 over names and contents, remembered by the files' paths, sizes and times."""
+  stats = [(str(path.resolve()), *_size_and_time(path)) for path in files]
+  key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+  index = cache / "sources.json"
+  known = _read_index(index)
+  if key not in known:
+    known[key] = _hash_files(files)
+    _write_index(index, known)
+  return known[key]
+
+
+def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
+  try:
+    stat = path.stat()
+  except OSError as error:
+    raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno)}. Fetch the checkpoint again.") from error
+  return stat.st_size, stat.st_mtime_ns
+
+
+def _hash_files(files: list[pathlib.Path]) -> str:
+  total = hashlib.sha256()
+  for path in files:
+    try:
+      with open(path, "rb") as file:
+        total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    except OSError as error:
+      raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno)}. Fetch the checkpoint again.") from error
+  return total.hexdigest()
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  """Empty where there is none or it is damaged: it only saves time."""
+  with contextlib.suppress(OSError, ValueError):
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(known, dict):
+      return known
+  return {}
+
+
+def _write_index(path: pathlib.Path, known: dict[str, str]) -> None:
+  temporary = path.with_name(f"{path.name}.{os.getpid()}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+  except OSError as error:
+    raise InputError(
+      f'cache: cannot write {path.parent}: {os.strerror(error.errno)}. Pass another --cache_dir, or --cache_dir="" for none.'
+    ) from error
