@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from jaxfp8.config import LlamaConfig, Recipe, configs_folder, read_toml
 from jaxfp8.devices import CPU, load_device
@@ -32,13 +33,13 @@ def published_measurements() -> tuple[Measurement, ...]:
 
 
 def expected_fractions(device: str, tensor: int) -> tuple[float, float, tuple[Measurement, ...]]:
-  """(lowest, highest, the measurements) of the shares of the ceiling that others reach: on a CPU those of CPUs, else those
-  of one GPU for tensor = 1 and of several for more."""
-
-  def alike(row: Measurement) -> bool:
-    return bool(row.device) and (row.device == CPU) == (device == CPU) and (row.tensor > 1) == (tensor > 1)
-
-  rows = tuple(row for row in published_measurements() if alike(row))
+  """(lowest, highest, the measurements) of the shares of the ceiling that others reach in a like setup: on a CPU those of
+  CPUs, else those of GPUs with as many devices a model copy, or with the number nearest to it."""
+  alike = [row for row in published_measurements() if row.device and (row.device == CPU) == (device == CPU)]
+  if tensor > 1:
+    alike = [row for row in alike if row.tensor > 1]
+  distance = {row.tensor: abs(math.log2(row.tensor / tensor)) for row in alike}
+  rows = tuple(row for row in alike if distance[row.tensor] == min(distance.values()))
   return min(row.fraction for row in rows), max(row.fraction for row in rows), rows
 
 

@@ -93,6 +93,8 @@ def _causes(deployment: Deployment, batch: int) -> str:
   causes: list[tuple[str, float | None]] = []
   if deployment.recipe.weights == "fp8":
     causes.append(("weights that are not in FP8", batch / decode_times(deployment.with_recipe(weights="bf16"), batch, 1).step))
+    if not device.num_sms:
+      causes.append(("FP8 widened in software, since a CPU has no FP8 arithmetic: compare --weights=bf16", None))
   cost = decode_step(deployment.config, deployment.recipe, [1] * batch, mesh)
   if device.unified_memory:
     causes.append(("weights swapped out to a drive (see vmstat 1)", batch * SWAP_BYTES_PER_SECOND / cost.weight_read_bytes))
