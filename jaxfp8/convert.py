@@ -33,7 +33,7 @@ def convert_checkpoint(
   groups = layout.checkpoint_arrays(source.config, recipe, arrays.formats)
   sizes = [sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in group.values()) for group in groups]
   manifest = checkpoint.Manifest(
-    source.config, recipe, arrays.formats, _tokenizer(source), {"source": source.path.name} | (provenance or {})
+    source.config, recipe, arrays.formats, tokenizer_of(source), {"source": source.path.name} | (provenance or {})
   )
   with checkpoint.CheckpointWriter(folder, manifest) as writer:
     pending, done = {}, 0
@@ -119,7 +119,7 @@ def _quantize(w: np.ndarray, granularity: str) -> fp8.QArray:
     return _quantizer(granularity)(w)
 
 
-def _tokenizer(source: Source):
+def tokenizer_of(source: Source):
   """None where the source has none: its numbers are still worth converting."""
   try:
     return source.tokenizer

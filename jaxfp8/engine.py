@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxfp8 import cache, memory
 from jaxfp8.batch import DecodeBatch, PrefillBatch
-from jaxfp8.checkpoint import make_mesh
+from jaxfp8.checkpoint import make_mesh, mesh_shape
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.output import Completion, Delta, Output
@@ -34,7 +34,7 @@ class Request:
   """One prompt: text (encoded with the tokenizer's BOS rule) or token ids, and how to continue it."""
 
   prompt: str | tuple[int, ...]
-  params: SamplingParams = SamplingParams()
+  params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
 
 
 @dataclasses.dataclass
@@ -77,6 +77,7 @@ class Engine:
     mesh = mesh or make_mesh(model.config)
     self.limits = limits or default_limits(model)
     self.kv_bytes = memory.require_kv_fits(model, self.limits, mesh)
+    self.mesh_shape = mesh_shape(mesh)
     self.steps = CompiledSteps(model, mesh, self.limits)
     self.state: State = self.steps.init_state()
     self.stats = Stats()

@@ -1,0 +1,46 @@
+"""Progress on stderr: a bar on a terminal, a line a stage elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+  """Use as a context manager around everything slow; nothing may be printed to stderr meanwhile."""
+
+  def __init__(self):
+    self._console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+
+  def __enter__(self) -> "Progress":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  @contextlib.contextmanager
+  def task(self, title: str) -> Iterator[Callable[[int, int], None]]:
+    """One stage; gives a function (bytes done, bytes in all) that moves the bar."""
+    start = time.perf_counter()
+    task = self._bar.add_task(title, total=None) if self._bar else None
+
+    def report(done: int, total: int) -> None:
+      if self._bar:
+        self._bar.update(task, completed=done, total=total)
+
+    try:
+      yield report
+    finally:
+      if self._bar:
+        self._bar.remove_task(task)
+    if not self._bar and (seconds := time.perf_counter() - start) > 0.5:
+      print(f"{title} took {seconds:.1f} s.", file=sys.stderr)

@@ -1,0 +1,159 @@
+"""From a path and some wishes to a model, a tokenizer and an engine's sizes: what every command does before it computes."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from jaxfp8 import cache, checkpoint, convert, memory, readers
+from jaxfp8.config import Recipe
+from jaxfp8.engine import sizes_up_to
+from jaxfp8.errors import InputError
+from jaxfp8.model import Llama
+from jaxfp8.progress import Progress
+from jaxfp8.steps import Limits
+from jaxfp8.text import TokenizerFiles
+from jaxfp8.tokenizer import Tokenizer
+from jaxfp8.weights_cache import cached_checkpoint
+
+MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
+_FP8_UNITS_SINCE = (8, 9)  # compute capability of the first GPUs that multiply float8
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+  """What a user asked for; None is "what is usual"."""
+
+  checkpoint: str | None = None
+  weights: str | None = None
+  granularity: str | None = None
+  activations: str = "auto"
+  kv: str | None = None
+  tensor: int = 1
+  data: int = 1
+  implementation: str = "auto"
+  cache_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A loaded model with what belongs to it. `tokenizer` raises InputError for a checkpoint without one."""
+
+  model: Llama
+  mesh: Mesh
+  name: str
+  tokenizer_files: TokenizerFiles | None
+
+  @property
+  def recipe(self) -> Recipe:
+    return self.model.recipe
+
+  def tokenizer(self) -> Tokenizer:
+    if self.tokenizer_files is None:
+      raise InputError(
+        f"generate: {self.name} has no tokenizer, so it cannot read text. Pass a checkpoint with tokenizer.json, or use the "
+        "library with token ids."
+      )
+    return Tokenizer(self.tokenizer_files)
+
+
+def open_model(wishes: Wishes, progress: Progress) -> Opened:
+  """Loads a checkpoint, converting it first where it is another project's. Raises InputError for whatever is not right."""
+  path = pathlib.Path(wishes.checkpoint) if wishes.checkpoint else readers.default_model()
+  require_devices(wishes.tensor * wishes.data)
+  if checkpoint.is_checkpoint(path):
+    recipe, source = _stored_recipe(path, wishes), None
+  else:
+    source = readers.open_source(path) if not wishes.cache_dir else None
+    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or "channel")
+    if wishes.cache_dir:
+      with progress.task("Converting weights") as report:
+        path = cached_checkpoint(path, recipe, wishes.cache_dir, report)
+  config = source.config if source else checkpoint.read_manifest(path).config
+  mesh = checkpoint.make_mesh(config, wishes.tensor, wishes.data)
+  with progress.task("Loading weights"):
+    if source:
+      model = convert.load_source(source, recipe, mesh=mesh, implementation=wishes.implementation)
+      files = convert.tokenizer_of(source)
+    else:
+      model = convert.load(path, recipe, mesh=mesh, implementation=wishes.implementation)
+      files = checkpoint.read_manifest(path).tokenizer
+  return Opened(model, mesh, str(wishes.checkpoint or config.name), files)
+
+
+def require_devices(count: int) -> None:
+  """As many CPU devices as are asked for, before JAX starts; GPUs are what they are (see checkpoint.make_mesh)."""
+  if (
+    count > 1
+    and os.environ.get("JAX_PLATFORMS") == "cpu"
+    and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+  ):
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:
+  """The smallest programs and pool that run these requests, each (prompt tokens, new tokens), without compiling on the way.
+
+  A pool that does not fit into memory is cut to what does, and said so: sequences then wait or are computed again.
+  """
+  shards = mesh.devices.shape[0]
+  context = model.config.max_context
+  totals = sorted((min(prompt + new, context) for prompt, new in lengths), reverse=True)
+  in_flight = min(MAX_SEQUENCES, -(-len(totals) // shards))
+  pages = [-(-total // cache.DEFAULT_PAGE_SIZE) for total in totals]
+  longest = max(prompt for prompt, _ in lengths)
+  chunk = Limits.prefill_sizes[-1]
+  if len(lengths) == 1:
+    needed = {min(longest, chunk)} | ({longest % chunk} - {0} if longest > chunk else set())
+    prefill_sizes = tuple(sorted({sizes_up_to(size, Limits.prefill_sizes)[-1] for size in needed}))
+  else:
+    prefill_sizes = sizes_up_to(min(chunk, sum(prompt for prompt, _ in lengths)), Limits.prefill_sizes)
+  return Limits(
+    num_pages=_affordable(model, mesh, sum(pages[: in_flight * shards : shards]), pages[0]),
+    max_sequences=in_flight,
+    max_pages=pages[0],
+    prefill_sizes=prefill_sizes,
+    decode_sizes=sizes_up_to(in_flight, Limits.decode_sizes),
+    num_logprobs=num_logprobs,
+  )
+
+
+def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
+  """`pages`, or as many as nine tenths of the free memory hold; never fewer than `least`, which the engine will refuse."""
+  shards = mesh.devices.shape[0]
+  page_bytes = cache.KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
+  device = mesh.devices.flat[0]
+  room = memory.free_bytes(device) * 9 // 10
+  fitting = room // (page_bytes * shards) if device.platform == "cpu" else room * model.shape.kv // page_bytes
+  if pages <= fitting or fitting < least:
+    return max(pages, least) if pages <= fitting else least
+  print(
+    f"jaxfp8: memory holds {fitting} of the {pages} KV pages that all sequences together need; some will wait.", file=sys.stderr
+  )
+  return fitting
+
+
+def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
+  """A checkpoint's own weights, with the activations and the KV cache that are asked for."""
+  stored = checkpoint.read_manifest(path).recipe
+  return _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
+
+
+def _recipe(wishes: Wishes, weights: str, granularity: str) -> Recipe:
+  activations = wishes.activations
+  if activations == "auto":
+    activations = "f32" if weights == "f32" else "fp8" if weights == "fp8" and _has_fp8_units() else "bf16"
+  kv = wishes.kv or ("f32" if weights == "f32" else "bf16")
+  return Recipe(weights=weights, granularity=granularity, activations=activations, kv=kv)
+
+
+def _has_fp8_units() -> bool:
+  device = jax.devices()[0]
+  if device.platform == "cpu":
+    return False
+  major, _, minor = str(device.compute_capability).partition(".")
+  return (int(major), int(minor)) >= _FP8_UNITS_SINCE
