@@ -10,7 +10,7 @@ import jax
 from jaxfp8.config import Recipe
 from jaxfp8.devices import DeviceSpec, device_names, load_device, measure_cpu
 from jaxfp8.engine import Engine
-from jaxfp8.mesh import MeshShape
+from jaxfp8.mesh import ONE_DEVICE, MeshShape
 from jaxfp8.output import Completion
 from jaxfp8.roofline import StepCost, decode_step, explain, weight_bytes
 from jaxfp8.units import format_bytes, format_rate, format_seconds
@@ -57,7 +57,9 @@ def make_report(
   stats, mesh = engine.stats, engine.mesh_shape
   device = find_device(jax.devices()[0], cache_dir)
   weights = weight_bytes(engine.config, recipe, mesh).stored * mesh.tensor
-  cost = _mean_decode_cost(engine, recipe, mesh)
+  # CPU devices share one memory, so their parts of a step add up to the whole of it.
+  on_cpu = jax.devices()[0].platform == "cpu"
+  cost = _median_decode_cost(engine, recipe, ONE_DEVICE if on_cpu else mesh)
   seconds = stats.decode_seconds / len(stats.decode_lengths) if stats.decode_lengths else 0.0
   known = bool(cost and device and seconds)
   first = sorted(completion.ttft_s for completion in completions)
@@ -87,7 +89,7 @@ def find_device(device: jax.Device, cache_dir: str = "") -> DeviceSpec | None:
   return load_device(max(matches, key=len)) if matches else None
 
 
-def _mean_decode_cost(engine: Engine, recipe: Recipe, mesh: MeshShape) -> StepCost | None:
+def _median_decode_cost(engine: Engine, recipe: Recipe, mesh: MeshShape) -> StepCost | None:
   """The cost of the run's median decode step, by the tokens that it read."""
   lengths = sorted(engine.stats.decode_lengths, key=lambda step: (len(step), sum(step)))
   return decode_step(engine.config, recipe, lengths[len(lengths) // 2], mesh) if lengths else None
