@@ -25,8 +25,9 @@ from jaxfp8 import layout
 from jaxfp8.config import LlamaConfig, Recipe
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
+from jaxfp8.layers import LayerFormat
 from jaxfp8.mesh import MeshShape
-from jaxfp8.model import LayerFormat, Llama
+from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
 
 FORMAT_VERSION = 1

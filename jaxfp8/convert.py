@@ -15,7 +15,8 @@ from jaxfp8 import checkpoint, fp8, layout, readers
 from jaxfp8.checkpoint import is_checkpoint, load_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
-from jaxfp8.model import LayerFormat, Llama
+from jaxfp8.layers import LayerFormat
+from jaxfp8.model import Llama
 from jaxfp8.readers import Source
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)

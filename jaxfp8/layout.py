@@ -20,7 +20,8 @@ from flax import nnx
 
 from jaxfp8.config import BLOCK, LlamaConfig, Recipe
 from jaxfp8.fp8 import QArray
-from jaxfp8.model import DecoderLayer, LayerFormat, Llama
+from jaxfp8.layers import DecoderLayer, LayerFormat
+from jaxfp8.model import Llama
 
 Arrays = Mapping[str, np.ndarray]
 
