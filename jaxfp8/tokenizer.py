@@ -5,12 +5,14 @@
 It refuses to know the model and the engine; stop strings are the engine's business.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from jaxfp8.chat_template import ChatTemplate
+from jaxfp8.convert import read_tokenizer
 from jaxfp8.errors import InputError
 from jaxfp8.text import TokenizerFiles
 
@@ -32,6 +34,17 @@ class Tokenizer:
     self.bos_id = self._special_id("bos_token")
     self.eos_id = self._special_id("eos_token")
     self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+
+  @classmethod
+  def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint, Hugging Face folder or GGUF file; None is the default model.
+
+    Raises InputError where there is none.
+    """
+    files = read_tokenizer(path)
+    if files is None:
+      raise InputError(f"tokenizer: {path} has none, so it cannot read text. Pass a checkpoint with tokenizer.json.")
+    return cls(files)
 
   @property
   def vocab_size(self) -> int:
