@@ -18,9 +18,10 @@ from jaxfp8.advice import Speculation
 from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
 from jaxfp8.devices import device_names
 from jaxfp8.errors import InputError
-from jaxfp8.plan_plots import check_plot_path, plot_plan
+from jaxfp8.plan_plots import plot_plan
 from jaxfp8.plan_report import print_plan, print_sweep, shortfall_sentence
 from jaxfp8.planner import DeploymentPlan, plan_deployment
+from jaxfp8.plots import check_plot_path
 from jaxfp8.readers import read_config
 
 PIPE_WIDTH = 120  # columns when the output is not a terminal

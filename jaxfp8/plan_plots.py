@@ -4,36 +4,16 @@ matplotlib is an optional extra and is imported only when a picture is drawn. Op
 beside the points, where batches that are close to each other would write over one another.
 """
 
-import pathlib
-
 from jaxfp8.budget import decode_times, max_sequences
-from jaxfp8.errors import InputError
 from jaxfp8.planner import DeploymentPlan
+from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
 from jaxfp8.roofline import StepCost, bound, decode_step, prefill_step
-
-SUFFIXES = (".png", ".svg", ".pdf")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-MARKERS = "osD^vP*X"
-
-
-def check_plot_path(path: str) -> None:
-  """Raises InputError when no picture can be written there, before anything is computed."""
-  if pathlib.Path(path).suffix.lower() not in SUFFIXES:
-    raise InputError(f"plan: a plot must end in {', '.join(SUFFIXES)}; got {path!r}. Pass for example --plot=plan.png.")
-  if not pathlib.Path(path).absolute().parent.is_dir():
-    raise InputError(f"plan: the folder of --plot={path} does not exist. Make it, or pass another path.")
 
 
 def plot_plan(plan: DeploymentPlan, path: str) -> None:
   """Writes both pictures side by side to `path` (png, svg or pdf). Raises InputError without matplotlib."""
   check_plot_path(path)
-  try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-  except ImportError as error:
-    raise InputError("plan: --plot needs matplotlib, which is not installed. Run: pip install 'jaxfp8[plot]'.") from error
-  figure = Figure(figsize=(13, 5.6), layout="constrained")
-  FigureCanvasAgg(figure)
+  figure = new_figure(13, 5.6)
   deployment = plan.deployment
   devices = f"{deployment.mesh.num_devices} x " if deployment.mesh.num_devices > 1 else ""
   figure.suptitle(
@@ -42,10 +22,7 @@ def plot_plan(plan: DeploymentPlan, path: str) -> None:
   left, right = figure.subplots(1, 2)
   _draw_roofline(left, plan)
   _draw_throughput(right, plan)
-  try:
-    figure.savefig(path, dpi=130)
-  except OSError as error:
-    raise InputError(f"plan: cannot write {path}: {error.strerror}. Pass another path.") from error
+  save_figure(figure, path)
 
 
 def _draw_roofline(axes, plan: DeploymentPlan) -> None:

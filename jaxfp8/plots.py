@@ -1,0 +1,37 @@
+"""Pictures in files: the path checked before anything is computed, matplotlib imported only when one is drawn."""
+
+import pathlib
+
+from jaxfp8.errors import InputError
+
+SUFFIXES = (".png", ".svg", ".pdf")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+MARKERS = "osD^vP*X"
+
+
+def check_plot_path(path: str) -> None:
+  """Raises InputError when no picture can be written there."""
+  if pathlib.Path(path).suffix.lower() not in SUFFIXES:
+    raise InputError(f"plot: a plot must end in {', '.join(SUFFIXES)}; got {path!r}. Pass for example --plot=plot.png.")
+  if not pathlib.Path(path).absolute().parent.is_dir():
+    raise InputError(f"plot: the folder of --plot={path} does not exist. Make it, or pass another path.")
+
+
+def new_figure(width: float, height: float):
+  """An empty matplotlib Figure of that many inches. Raises InputError without matplotlib."""
+  try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise InputError("plot: --plot needs matplotlib, which is not installed. Run: pip install 'jaxfp8[plot]'.") from error
+  figure = Figure(figsize=(width, height), layout="constrained")
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def save_figure(figure, path: str) -> None:
+  """Writes a png, svg or pdf. Raises InputError if that cannot be done."""
+  try:
+    figure.savefig(path, dpi=130)
+  except OSError as error:
+    raise InputError(f"plot: cannot write {path}: {error.strerror}. Pass another path.") from error
