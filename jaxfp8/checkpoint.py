@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
 
 FORMAT_VERSION = 1
+_READ_BYTES = 64 << 20  # of weights read together, so that few bytes are in memory twice
 _MANIFEST, _TOKENIZER, _TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
 
 
@@ -198,11 +199,28 @@ def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: s
 
 
 def fill(model: Llama, read, mesh: Mesh | None) -> Llama:
-  """Puts arrays into an abstract model, one weight at a time. `read(keys)` gives {key: numpy array}."""
-  for part in layout.parts(model):
-    value, partition = part.build(read(part.keys)), part.weight.get_metadata("partition")
-    part.weight.set_value(jax.tree.map(lambda leaf, spec: _place(leaf, spec, mesh), value, partition))
+  """Puts arrays into an abstract model, a few weights at a time. `read(keys)` gives {key: numpy array}."""
+  for parts in _grouped(layout.parts(model)):
+    arrays = read(tuple(key for part in parts for key in part.keys))
+    for part in parts:
+      value, partition = part.build(arrays), part.weight.get_metadata("partition")
+      part.weight.set_value(jax.tree.map(lambda leaf, spec: _place(leaf, spec, mesh), value, partition))
   return model
+
+
+def _grouped(parts: Iterable[layout.Part]) -> Iterator[list[layout.Part]]:
+  """Weights to read together: each call of Orbax costs a tenth of a second, so small ones go in one."""
+  group, size = [], 0
+  for part in parts:
+    leaves = jax.tree.leaves(part.weight.get_value())
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if group and size + num_bytes > _READ_BYTES:
+      yield group
+      group, size = [], 0
+    group.append(part)
+    size += num_bytes
+  if group:
+    yield group
 
 
 def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
