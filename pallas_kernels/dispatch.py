@@ -9,19 +9,25 @@ Refuses to know: shapes, and anything about models.
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+HOPPER_SMS = 132  # of an H100 or H200 SXM, where a Target does not say
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What a program is compiled for: a CPU, or a GPU of one CUDA compute capability such as (9, 0)."""
+  """What a program is compiled for: a CPU, or a GPU of one CUDA compute capability such as (9, 0).
+
+  num_sms: how many multiprocessors the GPU has, which decides how kernels cut their work; None where it is not known.
+  """
 
   platform: str
   capability: tuple[int, int] | None = None
+  num_sms: int | None = None
 
   @classmethod
   def of(cls, device: jax.Device) -> "Target":
@@ -30,7 +36,12 @@ class Target:
       return cls("cpu")
     capability = str(getattr(device, "compute_capability", "0.0"))
     major, _, minor = capability.partition(".")
-    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)))
+    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), getattr(device, "core_count", None))
+
+
+# Kernel files by the compute capability that they are written for. Another GPU gets a line here when it gets a file.
+_KERNELS = {(9, 0): ("wgmma",)}
+_NEEDS = {"wgmma": ((9, 0),)}
 
 
 @functools.cache
@@ -38,22 +49,32 @@ def default_target() -> Target:
   return Target.of(jax.devices()[0])
 
 
-def run(package: str, operation: str, order: Sequence[str], implementation: str, target: Target, *args: Any, **kwargs: Any):
+def order(package: str, target: Target) -> tuple[str, ...]:
+  """The implementations to try on `target`, best first, of those that the operation's folder has."""
+  if target.platform == "cpu":
+    return ("cpu",)
+  kernels = _KERNELS.get(target.capability or (0, 0), ())
+  return tuple(name for name in (*kernels, "xla") if importlib.util.find_spec(f"{package}.{name}"))
+
+
+def run(package: str, operation: str, implementation: str, target: Target, *args: Any, **kwargs: Any):
   """Calls the first implementation that can do this call.
 
   Args:
     package: dotted name of the operation's folder.
-    order: implementations to try on this target, best first.
     implementation: "auto", or the name of one file in the folder, which is then the only one tried.
 
   Raises:
     ValueError: `implementation` is unknown, or was forced and cannot run here.
   """
-  names = tuple(order) if implementation == "auto" else (implementation,)
+  names = order(package, target) if implementation == "auto" else (implementation,)
+  if implementation == "auto" and target.platform != "cpu" and target.capability not in _KERNELS:
+    _say_once(f"no kernels for compute capability {target.capability} yet: every operation is plain XLA, which is slower.")
   refusals = []
   for name in names:
     try:
-      result = _function(package, operation, name)(*args, **kwargs)
+      _require(operation, name, target)
+      result = _function(package, operation, name)(*args, target=target, **kwargs)
     except NotImplementedError as refusal:
       refusals.append(f"{name}: {refusal}")
       continue
@@ -63,6 +84,12 @@ def run(package: str, operation: str, order: Sequence[str], implementation: str,
   raise ValueError(
     f'{operation}: implementation={implementation!r} cannot run here ({"; ".join(refusals)}). Pass implementation="auto".'
   )
+
+
+def _require(operation: str, name: str, target: Target) -> None:
+  if name in _NEEDS and target.capability not in _NEEDS[name]:
+    needed = ", ".join(f"{major}.{minor}" for major, minor in _NEEDS[name])
+    raise NotImplementedError(f"{name} needs a GPU of compute capability {needed}; the target is {target}")
 
 
 def _function(package: str, operation: str, name: str):

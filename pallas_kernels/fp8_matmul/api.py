@@ -37,10 +37,7 @@ def fp8_matmul(
   """
   _check(x_TD, w_FD, w_scale, x_scale)
   target = target or dispatch.default_target()
-  order = ("cpu",) if target.platform == "cpu" else ("reference",)
-  return dispatch.run(
-    __package__, "fp8_matmul", order, implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype
-  )
+  return dispatch.run(__package__, "fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
 
 
 def is_float8(x: jax.Array) -> bool:

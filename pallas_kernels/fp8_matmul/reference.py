@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.fp8_matmul import api
 
 
-def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype):
+def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target=None):
   x = x_TD.astype(jnp.float32)
   w = w_FD.astype(jnp.float32)
   if w_scale is not None:

@@ -35,7 +35,6 @@ def page_write(
         f"{', '.join(map(str, entry))}]; got {value.dtype} {value.shape}. Quantize or cast before writing."
       )
   target = target or dispatch.default_target()
-  order = ("cpu",) if target.platform == "cpu" else ("reference",)
   return dispatch.run(
-    __package__, "page_write", order, implementation, target, pages, values, token_axes, page_table_BM, query_starts, lengths_B
+    __package__, "page_write", implementation, target, pages, values, token_axes, page_table_BM, query_starts, lengths_B
   )

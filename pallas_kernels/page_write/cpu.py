@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.float8_bytes import from_bytes, to_bytes
 
 
-def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B):
+def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, *, target=None):
   pages, values = tuple(map(to_bytes, pages)), tuple(map(to_bytes, values))
   write = _write_tokens if query_starts is None else _write_pages
   return tuple(map(from_bytes, write(pages, values, token_axes, page_table_BM, query_starts, lengths_B)))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from pallas_kernels.paged_attention.reference import query_places
 
 
-def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B):
+def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, *, target=None):
   sequence_T, position_T = query_places(query_starts, lengths_B, values[0].shape[0])
   out = []
   for pool, value, axis in zip(pages, values, token_axes, strict=True):

@@ -42,11 +42,9 @@ def paged_attention(
   """
   _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale)
   target = target or dispatch.default_target()
-  order = ("cpu",) if target.platform == "cpu" else ("reference",)
   return dispatch.run(
     __package__,
     "paged_attention",
-    order,
     implementation,
     target,
     q_TNH,

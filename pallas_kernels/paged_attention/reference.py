@@ -9,7 +9,7 @@ import jax.numpy as jnp
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale):
+def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target=None):
   T, N, H = q_TNH.shape
   B, M = page_table_BM.shape
   _, K, C, _ = k_pages.shape

@@ -1,0 +1,347 @@
+"""fp8_matmul on Hopper (sm_90a): y^T = w x^T, so that weights are the 64-row side of wgmma and tokens the other.
+
+    skinny, up to 64 tokens: [64 or 128 rows of w] x [a part of D] per CTA, partial sums in float32, added by XLA
+    wide, more tokens:       persistent CTAs, tiles of 128 rows x 128 tokens, scaled and transposed on the way out
+
+Both are one memory warpgroup that only issues TMA and one or two that only multiply, joined by barriers over a ring of stages:
+
+    memory WG   | load 0 | load 1 | load 2 | load 3 |  wait "0 is read"  | load 4 | ...
+    compute WGs          | wait 0: wgmma, promote, "0 is read" | wait 1: wgmma, promote, "1 is read" | ...
+
+Every step multiplies into a fresh accumulator and adds it to float32 registers: Hopper's FP8 accumulator keeps about 14 bits,
+so nothing stays in it for more than 128 of D; block scales are multiplied in at the same place.
+
+Three forms: float8 x float8; float8 weights x bf16 activations, where weights are widened to float16 in registers (exact) and
+activations become float16 under a power of two per token, so that 1e6 does not overflow (a value 2^24 below its token's largest
+loses bits, as it would in the float32 sum); bf16 x bf16. What else there is (float32) belongs to xla.py.
+
+Padding: tokens to a multiple of 8, a copy of x only. Weights are never copied: where tiles do not divide F or T, TMA fills what
+lies outside with zeros and drops what is stored there. D must be a multiple of 64 and F of 8.
+A row's bits depend on the regime (skinny or wide), the shapes of w and the device, not on the number of tokens.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.fp8_matmul import api
+
+WG_ROWS = 64  # rows of one wgmma
+MAX_SKINNY = 64  # tokens
+_SM_BYTES = 232448  # shared memory that one SM can give to CTAs
+_CTA_BYTES = 1024  # what the hardware keeps of it for each CTA
+_SCRATCH_BYTES = 1024  # barriers and Mosaic's own scratch
+_WIDENED = 64  # columns widened at once, which bounds registers
+_LAYOUT = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """rows of w and tokens of x a tile, depth: columns of D a pipeline step, stages of the ring, parts that D is cut into."""
+
+  rows: int
+  tokens: int
+  depth: int
+  stages: int
+  splits: int
+  ctas_per_sm: int
+
+  def stage_bytes(self, x_dtype, w_dtype) -> int:
+    return self.depth * (self.rows * jnp.dtype(w_dtype).itemsize + self.tokens * jnp.dtype(x_dtype).itemsize)
+
+  def bytes_in_flight(self, w_dtype) -> int:
+    """Bytes of weights under way to one SM while the ring is full."""
+    return self.ctas_per_sm * self.stages * self.rows * self.depth * jnp.dtype(w_dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """Which operands: dtype of w in memory, of x as the tensor cores see it, and rows of w that share a block scale (0: none)."""
+
+  w_dtype: jnp.dtype
+  x_dtype: jnp.dtype
+  block_rows: int = 0
+
+  @property
+  def widens(self) -> bool:
+    return self.w_dtype == jnp.float8_e4m3fn and self.x_dtype != jnp.float8_e4m3fn
+
+
+def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target):
+  form = _form(x_TD, w_FD, w_scale)
+  T, (F, D) = x_TD.shape[0], w_FD.shape
+  tiling = choose_tiling(T, F, D, form, target)
+  if form.widens:
+    x_TD, x_scale = power_of_two_scale(x_TD)
+  x = jnp.pad(x_TD, ((0, -T % 8), (0, 0)))
+  block_scale = (w_scale,) if form.block_rows else ()
+  channel_scale = None if form.block_rows else w_scale
+  if T > MAX_SKINNY:
+    scales = _per(F, tiling.rows, channel_scale), _per(T, tiling.tokens, x_scale)
+    return _wide(x, w_FD, block_scale, scales, form, tiling, out_dtype, target)[:T, :F]
+  y_FT = jnp.sum(_skinny(x, w_FD, block_scale, form, tiling)[:, :F, :T], axis=0)
+  if channel_scale is not None:
+    y_FT = y_FT * channel_scale[:, None]
+  if x_scale is not None:
+    y_FT = y_FT * x_scale
+  return y_FT.T.astype(out_dtype)
+
+
+def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
+  """The tile sizes for a call. Sums are cut at the same columns for every T of a regime."""
+  sms = target.num_sms or HOPPER_SMS
+  unit = _unit(D, form)
+  few = T <= 16
+  rows = WG_ROWS if few or F < 2 * WG_ROWS else 2 * WG_ROWS
+  if T > MAX_SKINNY:
+    tokens = 96 if form.widens else 128  # the most that leaves no register spilled
+    tiling = Tiling(rows, tokens, unit, 1, 1, 1)
+    room = _SM_BYTES - _CTA_BYTES - _SCRATCH_BYTES - tokens * rows * 4
+  else:
+    long = 2 * unit if D % (2 * unit) == 0 else unit
+    splits = _choose_splits(-(-F // WG_ROWS), D // long, 3 * sms)
+    ctas = 3 if few else 1  # registers: more tokens leave no room for a second CTA
+    tiling = Tiling(rows, -(-T // 8) * 8, long if few else unit, 1, splits, ctas)
+    room = _SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
+  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 8)
+  return dataclasses.replace(tiling, stages=stages)
+
+
+def _unit(D: int, form: Form) -> int:
+  """Columns that are summed in one accumulator: 128 bytes of a row of w, or 64 where D allows no more."""
+  unit = 128 // jnp.dtype(form.w_dtype).itemsize
+  return unit if D % unit == 0 else 64 // jnp.dtype(form.w_dtype).itemsize
+
+
+def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
+  """(bytes that TMA reads, float operations) of the kernel; scales and partial sums are less than a percent of a long row."""
+  tiling = choose_tiling(T, F, D, form, target)
+  tokens = -(-T // 8) * 8
+  read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
+  read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
+  return read_w + read_x, 2 * T * F * D
+
+
+def _form(x_TD, w_FD, w_scale) -> Form:
+  F, D = w_FD.shape
+  if jnp.float32 in (x_TD.dtype, w_FD.dtype):
+    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {x_TD.dtype} by {w_FD.dtype}")
+  if D % 64 or F % 8:
+    raise NotImplementedError(f"wgmma needs D a multiple of 64 and F of 8; got F={F}, D={D}")
+  block_rows = api.block_rows(w_FD, w_scale) if w_scale is not None and w_scale.ndim == 2 else 0
+  if block_rows % WG_ROWS:
+    raise NotImplementedError(f"wgmma needs scale blocks of a multiple of {WG_ROWS} rows; got {block_rows}")
+  if not api.is_float8(w_FD) and api.is_float8(x_TD):
+    raise NotImplementedError("wgmma does not mix float8 activations with bfloat16 weights")
+  widens = api.is_float8(w_FD) and not api.is_float8(x_TD)
+  return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
+
+
+def _choose_splits(row_tiles: int, steps: int, slots: int) -> int:
+  """Parts to cut D into, so that CTAs fill `slots` places in few, long, even waves. Ties go to fewer parts."""
+
+  def time(splits):
+    waves = -(-row_tiles * splits // slots)
+    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
+
+  return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))
+
+
+def power_of_two_scale(x):
+  """bf16 [..., D] -> (float16, float32 scale [...]) with x = float16 * scale, powers of two, the largest value near 2^14."""
+  amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+  exponent = (lax.bitcast_convert_type(amax, jnp.int32) >> 23) - 127
+  shift = jnp.clip(14 - exponent, -126, 126)
+  return (x.astype(jnp.float32) * _power_of_two(shift)[..., None]).astype(jnp.float16), _power_of_two(-shift)
+
+
+def _power_of_two(exponent):
+  return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _per(size, tile, scale):
+  """A scale as float32, one entry for each of `size` rows or tokens, padded to whole tiles; None counts as 1."""
+  padded = -(-size // tile) * tile
+  if scale is None or scale.ndim == 0:
+    return jnp.full(padded, 1.0 if scale is None else scale, jnp.float32)
+  return jnp.pad(scale, (0, padded - size))
+
+
+def transforms(dtype, columns, max_swizzle=128):
+  """Tiling and swizzle that TMA writes and wgmma reads for rows of `columns` elements."""
+  swizzle = min(plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8), max_swizzle)
+  return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def _specs(form: Form, tiling: Tiling, row_tile, token_tile, first_step):
+  """Pipeline inputs: a tile of x and one of w, both from column block `first_step` on."""
+  w_swizzle = _WIDENED if form.widens else 128
+  return [
+    plgpu.BlockSpec(
+      (tiling.tokens, tiling.depth),
+      lambda k: (token_tile, first_step + k),
+      transforms=transforms(form.x_dtype, tiling.depth),
+      memory_space=plgpu.SMEM,
+    ),
+    plgpu.BlockSpec(
+      (tiling.rows, tiling.depth),
+      lambda k: (row_tile, first_step + k),
+      transforms=transforms(form.w_dtype, tiling.depth, w_swizzle),
+      memory_space=plgpu.SMEM,
+    ),
+  ]
+
+
+def _product(w_smem, x_smem, form: Form):
+  """w x^T of one warpgroup's rows over a part of a stage, in a fresh accumulator."""
+
+  def multiply(acc):
+    if form.widens:
+      for start in range(0, w_smem.shape[1], _WIDENED):
+        columns = pl.ds(start, _WIDENED)
+        # Loaded four to a register and widened in pairs: without this layout these would be two-byte loads.
+        w = plgpu.load(w_smem.at[:, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        w = plgpu.layout_cast(w.astype(form.x_dtype), _LAYOUT)
+        plgpu.wgmma(acc, w, x_smem.at[:, columns].transpose((1, 0)))
+      plgpu.commit_smem()  # these reads come before TMA's next write to the stage
+    else:
+      plgpu.wgmma(acc, w_smem, x_smem.transpose((1, 0)))
+    return acc[...]  # waits
+
+  return pl.run_scoped(multiply, plgpu.ACC((w_smem.shape[0], x_smem.shape[0]), jnp.float32))
+
+
+def _step(form: Form, tiling: Tiling, w_FD, scale_gmem, row_tile, first_step):
+  """The pipeline's body: adds one stage's products to the float32 sum."""
+  F, D = w_FD.shape
+  wg = lax.axis_index("wg")
+  width = _unit(D, form)
+
+  def block_scale(column):
+    block_row = lax.div(row_tile * tiling.rows + wg * WG_ROWS, jnp.int32(form.block_rows))
+    last = jnp.int32(F // form.block_rows - 1)  # the second warpgroup of the last tile may lie outside
+    return scale_gmem[jnp.minimum(block_row, last), lax.div(column, jnp.int32(api.BLOCK))]
+
+  def body(indices, x_smem, w_smem, total):
+    rows = w_smem if tiling.rows == WG_ROWS else w_smem.at[pl.ds(wg * WG_ROWS, WG_ROWS)]
+    for start in range(0, tiling.depth, width):
+      columns = pl.ds(start, width)
+      product = _product(rows.at[:, columns], x_smem.at[:, columns], form)
+      if form.block_rows:
+        product = product * block_scale((first_step + indices[0]) * tiling.depth + start)
+      total = total + product
+    return total
+
+  return body
+
+
+def _no_step(*_, **__):
+  return None
+
+
+def _zeros(tiling):
+  return plgpu.layout_cast(jnp.zeros((WG_ROWS, tiling.tokens), jnp.float32), _LAYOUT)
+
+
+def _skinny(x, w_FD, block_scale, form: Form, tiling: Tiling):
+  """Partial sums float32 [splits, whole tiles of F, tokens]; only block scales are applied."""
+  F, D = w_FD.shape
+  wgs = tiling.rows // WG_ROWS
+  row_tiles = -(-F // tiling.rows)
+  steps = D // tiling.depth // tiling.splits
+
+  def kernel(x_gmem, w_gmem, *rest):
+    *scale_gmem, out_gmem = rest
+    row_tile, part = lax.axis_index("row"), lax.axis_index("split")
+    first_step = part * steps
+
+    def compute(pipeline):
+      row = row_tile * tiling.rows + lax.axis_index("wg") * WG_ROWS
+      out_gmem[part, pl.ds(row, WG_ROWS)] = pipeline(_zeros(tiling))
+
+    plgpu.emit_pipeline_warp_specialized(
+      _step(form, tiling, w_FD, scale_gmem[0] if scale_gmem else None, row_tile, first_step),
+      grid=(steps,),
+      memory_registers=40,
+      in_specs=_specs(form, tiling, row_tile, 0, first_step),
+      wg_axis="wg",
+      num_compute_wgs=wgs,
+      max_concurrent_steps=tiling.stages,
+      compute_context=compute,
+    )(x_gmem, w_gmem)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((tiling.splits, row_tiles * tiling.rows, tiling.tokens), jnp.float32),
+    grid=(row_tiles, tiling.splits),
+    grid_names=("row", "split"),
+    num_threads=wgs + 1,
+    thread_name="wg",
+  )(x, w_FD, *block_scale)
+
+
+def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, target):
+  """[tokens, F and what makes it a multiple of 64] in out_dtype, all scales applied."""
+  F, D = w_FD.shape
+  T = x.shape[0]
+  wgs = tiling.rows // WG_ROWS
+  row_tiles, token_tiles = -(-F // tiling.rows), -(-T // tiling.tokens)
+  num_ctas = min(target.num_sms or HOPPER_SMS, row_tiles * token_tiles)
+
+  def kernel(x_gmem, w_gmem, *rest):
+    *scale_gmem, w_scale_gmem, x_scale_gmem, out_gmem, out_smem = rest
+    wg = lax.axis_index("wg")
+
+    def pipeline_at(row_tile, token_tile, step, compute):
+      return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(D // tiling.depth,),
+        memory_registers=40,
+        in_specs=_specs(form, tiling, row_tile, token_tile, 0),
+        wg_axis="wg",
+        num_compute_wgs=wgs,
+        max_concurrent_steps=tiling.stages,
+        compute_context=compute,
+      )
+
+    allocations = pipeline_at(0, 0, _no_step, _no_step).get_allocations(x_gmem, w_gmem)
+
+    @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
+    def _(allocations):
+      @plgpu.nd_loop((row_tiles * token_tiles,), collective_axes="cta")
+      def _(loop):
+        # Neighbours in time share weights: tiles go down the tokens first, in stripes of eight rows of tiles.
+        row_tile, token_tile = plgpu.planar_snake(loop.index[0], (row_tiles, token_tiles), 0, 8)
+        row, token = row_tile * tiling.rows + wg * WG_ROWS, token_tile * tiling.tokens
+
+        def compute(pipeline):
+          total = pipeline(_zeros(tiling))
+          w_scale = plgpu.load(w_scale_gmem.at[pl.ds(row, WG_ROWS)], layout=_LAYOUT.reduce(1), optimized=False)
+          x_scale = plgpu.load(x_scale_gmem.at[pl.ds(token, tiling.tokens)], layout=_LAYOUT.reduce(0), optimized=False)
+          total = total * lax.broadcast_in_dim(w_scale, total.shape, [0]) * lax.broadcast_in_dim(x_scale, total.shape, [1])
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
+          turned = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+          out_smem.at[wg].transpose((1, 0))[...] = turned
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(out_smem.at[wg], out_gmem.at[pl.ds(token, tiling.tokens), pl.ds(row, WG_ROWS)])
+
+        step = _step(form, tiling, w_FD, scale_gmem[0] if scale_gmem else None, row_tile, 0)
+        pipeline_at(row_tile, token_tile, step, compute)(x_gmem, w_gmem, allocations=allocations)
+
+      plgpu.wait_smem_to_gmem(0)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct((T, -(-F // WG_ROWS) * WG_ROWS), out_dtype),
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=wgs + 1,
+    thread_name="wg",
+    scratch_types=[plgpu.SMEM((wgs, tiling.tokens, WG_ROWS), out_dtype, transforms=transforms(out_dtype, WG_ROWS))],
+  )(x, w_FD, *block_scale, *scales)

@@ -1,0 +1,18 @@
+"""page_write in plain XLA, for any GPU: one scatter a pool, in place where the pool is donated or carried by a loop."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.reference import query_places
+
+
+def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, *, target=None):
+  sequence_T, position_T = query_places(query_starts, lengths_B, values[0].shape[0])
+  out = []
+  for pool, value, axis in zip(pages, values, token_axes, strict=True):
+    C = pool.shape[axis]
+    page_T = page_table_BM[sequence_T, jnp.maximum(position_T, 0) // C]
+    page_T = jnp.where(position_T < 0, pool.shape[0], page_T)  # out of range: dropped
+    place = [slice(None)] * pool.ndim
+    place[0], place[axis] = page_T, position_T % C
+    out.append(pool.at[tuple(place)].set(value, mode="drop"))
+  return tuple(out)

@@ -1,0 +1,313 @@
+"""paged_attention on Hopper (sm_90a): flash decoding (Dao et al. 2023) with the context on wgmma's 64-row side.
+
+    CTA = (part of the context, KV head, tile of queries): one warpgroup, a ring of stages, one page (or two of 32) a stage
+
+    TMA         | K0 V0 | K1 V1 | K2 V2 |            | K3 V3 |  (the stage that was just read)
+    warpgroup           | S = K0 q^T, softmax, O += V0 P | S = K1 q^T, ... | ...
+
+    S^T [tokens, queries] = K [tokens, H] q^T        K is wgmma's left operand, q lies in shared memory
+    O^T [H, queries]     += V [H, tokens] P^T        V pages are [H, tokens] already; P goes through shared memory
+
+A tile is one token's G query heads (decode) or 64 / G tokens of one sequence (prefill), padded to 16, 32 or 64 columns: the
+padded side is the short one, and a page is read once for all its query heads. Float8 pages are widened to float16 in registers
+(exact), so queries and probabilities keep 11 bits; a query carries a power of two so that it fits float16.
+
+V's scales would underflow in float16 (they are about amax / 448). They go into the exponent instead: with t = s + log2(v_scale)
+and m = max t, the weight 2^(s - m) * v_scale is at most 1 and the largest of them is 1, whatever the scales. The sum is of
+2^(s - m), in float32. So no scale is left on the output and no page needs one of its own.
+
+Each part writes its normalized output and the logarithm of its sum; XLA joins the parts. An empty part or tile gives zeros.
+Pages past a sequence's length are not read. A value that is not finite anywhere in a page that is read spoils its queries, masked
+or not (0 * inf): so does plain attention.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.fp8_matmul.wgmma import power_of_two_scale, transforms
+
+_ROWS = 64  # tokens or head channels of one wgmma
+_SM_BYTES = 232448
+_LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
+_MASKED = -2e30
+_TINY = 2.0**-126
+_LAYOUT = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """query tokens and (padded) columns a tile, pages a stage, stages of the ring, parts that a context is cut into."""
+
+  tokens: int
+  columns: int
+  pages: int
+  stages: int
+  splits: int
+  ctas_per_sm: int
+
+
+def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target: Target):
+  T, N, H = q_TNH.shape
+  _, K, C, _ = k_pages.shape
+  B, M = page_table_BM.shape
+  _check(q_TNH, k_pages)
+  tiling = choose_tiling(T, N, K, H, C, B, M, query_starts is None, k_pages.dtype, target)
+  tiles = _decode_tiles(lengths_B) if query_starts is None else _prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
+  q, factor = _query_tiles(q_TNH, tiles, K, tiling, k_scale is not None)
+  limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - tiling.tokens * N // K)))
+  scales = () if k_scale is None else (k_scale, v_scale)
+  meta = page_table_BM, tiles.sequences, jnp.max(limits, axis=1)
+  out, log_sum = _attend(q, factor, limits, k_pages, v_pages, *meta, scales, tiling)
+  weights = jnp.exp2(log_sum - jnp.max(log_sum, axis=2, keepdims=True))
+  weights = weights / jnp.sum(weights, axis=2, keepdims=True)
+  out = jnp.sum(out * weights[:, :, :, None], axis=2)[..., : tiling.tokens * N // K]  # [tiles, K, H, tokens * G]
+  out = out.reshape(*out.shape[:3], tiling.tokens, N // K).transpose(0, 3, 1, 4, 2)
+  return tiles.untile(out.reshape(-1, N, H)).astype(q_TNH.dtype)
+
+
+def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> Tiling:
+  """Tile sizes for a call; they depend on static sizes only, so one program treats every length alike."""
+  G = N // K
+  # Every column costs registers: its output, its softmax and, where K and V are widened, them.
+  most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
+  if most < G:
+    raise NotImplementedError(f"wgmma needs at most {most} query heads a KV head for these pages; got {G}")
+  tokens = 1 if decode else most // G
+  columns = next(c for c in (16, 32, 64) if c >= tokens * G)
+  pages = max(1, _ROWS // C)
+  num_tiles = B if decode else T // tokens + B
+  ctas = 3 if columns == 16 else 2
+  page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
+  fixed = columns * (H + pages * C) * 2 + 3584
+  stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
+  sms = target.num_sms or HOPPER_SMS
+  splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
+  return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
+
+
+def cost(lengths, H: int, K: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
+  """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
+  token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
+  step = tiling.pages * C
+  tokens = sum(-(-length // step) * step for length in lengths)
+  query_bytes = len(lengths) * K * tiling.splits * tiling.columns * (H * 2 + 4)  # with how far each column sees
+  return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
+
+
+def _check(q_TNH, k_pages):
+  H, C = q_TNH.shape[2], k_pages.shape[2]
+  if k_pages.dtype == jnp.float32 or q_TNH.dtype == jnp.float32:
+    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {q_TNH.dtype} by {k_pages.dtype} pages")
+  if H not in (64, 128) or C not in (32, 64, 128):
+    raise NotImplementedError(f"wgmma needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+  """sequences [tiles], tokens [tiles, tokens] and how many keys each of them sees, limits [tiles, tokens] (0: padding)."""
+
+  sequences: jax.Array
+  tokens: jax.Array
+  limits: jax.Array
+  places: jax.Array  # [T], where each token lies among the tiles' tokens
+  present: jax.Array  # [T]
+
+  def untile(self, x):
+    """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
+    return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
+
+
+def _decode_tiles(lengths_B) -> _Tiles:
+  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
+  return _Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
+
+
+def _prefill_tiles(query_starts, lengths_B, T: int, size: int) -> _Tiles:
+  """Every sequence's queries in tiles of `size` tokens; T // size + B tiles always suffice."""
+  B = lengths_B.shape[0]
+  counts = query_starts[1:] - query_starts[:-1]
+  first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
+  tile = jnp.arange(T // size + B)
+  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
+  offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
+  inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
+  limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
+  tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
+  token = jnp.arange(T)
+  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
+  places = first_tile[owner] * size + token - query_starts[owner]
+  present = token < query_starts[-1]
+  return _Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)
+
+
+def _query_tiles(q_TNH, tiles: _Tiles, K: int, tiling: Tiling, widen: bool):
+  """(q [tiles, K, columns, H], float32 factor [tiles, K] that turns scores into exponents of 2)."""
+  _, N, H = q_TNH.shape
+  q = q_TNH[tiles.tokens].reshape(-1, tiling.tokens, K, N // K, H).transpose(0, 2, 1, 3, 4)
+  q = q.reshape(q.shape[0], K, -1, H)
+  factor = jnp.full(q.shape[:2], math.log2(math.e) / math.sqrt(H), jnp.float32)
+  if widen:
+    flat, power = power_of_two_scale(q.reshape(*q.shape[:2], -1))
+    q, factor = flat.reshape(q.shape), factor * power
+  return jnp.pad(q, ((0, 0), (0, 0), (0, tiling.columns - q.shape[2]), (0, 0))), factor
+
+
+def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengths, scales, tiling: Tiling):
+  """Normalized parts float32 [tiles, K, splits, H, columns] and log2 of their sums [tiles, K, splits, columns]."""
+  num_tiles, K, columns, H = q.shape
+  C = k_pages.shape[2]
+  step_tokens = tiling.pages * C
+  halves, blocks = step_tokens // _ROWS, H // _ROWS
+  widen = bool(scales)
+  p_dtype = q.dtype
+  summed = columns == _ROWS  # sums in every step cost a barrier, sums at the end cost registers
+  p_swizzle = min(128, 2 * columns, 2 * C)
+
+  def kernel(*refs):
+    q_gmem, factor_gmem, limits_gmem, k_gmem, v_gmem, table_gmem, sequences_gmem, lengths_gmem, *rest = refs
+    scale_gmem, (out_gmem, sum_gmem), scratch = (
+      rest[: len(scales)],
+      rest[len(scales) : len(scales) + 2],
+      rest[len(scales) + 2 :],
+    )
+    q_smem, k_smem, v_smem, p_smem, limits_smem, *scale_smem, k_barrier, v_barrier, q_barrier = scratch
+    part, head, tile = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("tile")
+    sequence, length = sequences_gmem[tile], lengths_gmem[tile]
+    num_pages = lax.div(length + (C - 1), jnp.int32(C))
+    steps = lax.div(num_pages + (tiling.pages - 1), jnp.int32(tiling.pages))
+    per_part = lax.div(steps + (tiling.splits - 1), jnp.int32(tiling.splits))
+    first = jnp.minimum(part * per_part, steps)
+    last = jnp.minimum(first + per_part, steps)
+
+    def page_ids(step):
+      # A second page that does not exist is the last one again, all masked: memory that was never written may hold NaN.
+      numbers = [jnp.clip(step * tiling.pages + j, 0, num_pages - 1) for j in range(tiling.pages)]
+      return [table_gmem[sequence, jnp.maximum(number, 0)] for number in numbers]
+
+    def load(ids, slot):
+      for j, page in enumerate(ids):
+        tokens = pl.ds(j * C, C)
+        plgpu.copy_gmem_to_smem(k_gmem.at[page, head], k_smem.at[slot, tokens], k_barrier.at[slot])
+        plgpu.copy_gmem_to_smem(v_gmem.at[page, head], v_smem.at[slot, j], v_barrier.at[slot])
+        if widen:
+          # V's scales come with K: the softmax needs them.
+          plgpu.copy_gmem_to_smem(scale_gmem[0].at[page, head], scale_smem[0].at[slot, tokens], k_barrier.at[slot])
+          plgpu.copy_gmem_to_smem(scale_gmem[1].at[page, head], scale_smem[1].at[slot, tokens], k_barrier.at[slot])
+
+    plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem, q_barrier)
+    for i in range(tiling.stages):
+      pl.when(first + i < last)(lambda i=i: load(page_ids(first + i), i))
+    plgpu.copy_gmem_to_smem(limits_gmem.at[tile], limits_smem, q_barrier)
+    factor = factor_gmem[tile, head]
+    shape = (_ROWS, columns)
+
+    def over_columns(x):
+      return lax.broadcast_in_dim(x, shape, [1])
+
+    def over_rows(x):
+      return lax.broadcast_in_dim(x, shape, [0])
+
+    def left(ref, right_swizzle):
+      """A left operand; float8 in registers, loaded four to a register and widened in pairs."""
+      if not widen:
+        # Both operands may stay in shared memory where they are swizzled alike.
+        return ref if min(128, 2 * ref.shape[1]) == right_swizzle else plgpu.load(ref, layout=_LAYOUT)
+      return plgpu.layout_cast(plgpu.load(ref, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(p_dtype), _LAYOUT)
+
+    def product(a, b):
+      def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]  # waits
+
+      return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+    def scores(k):
+      def multiply(acc):
+        for start in range(0, H, _ROWS):
+          columns_of_h = pl.ds(start, _ROWS)
+          plgpu.wgmma(acc, left(k.at[:, columns_of_h], 128), q_smem.at[:, columns_of_h].transpose((1, 0)))
+        return acc[...]
+
+      return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+    def filled(value):
+      return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), _LAYOUT)
+
+    plgpu.barrier_wait(q_barrier)
+
+    def step(i, carry):
+      acc, total, top = carry
+      slot = lax.rem(i, jnp.int32(tiling.stages))
+      next_ids = page_ids(first + i + tiling.stages)  # early, so that the table's latency is hidden
+      plgpu.barrier_wait(k_barrier.at[slot])
+      exponents, v_scales = [], []
+      for half in range(halves):
+        tokens = pl.ds(half * _ROWS, _ROWS)
+        s = scores(k_smem.at[slot, tokens]) * factor
+        if widen:
+          k_scale, v_scale = (plgpu.load(ref.at[slot, tokens], layout=_LAYOUT.reduce(1)) for ref in scale_smem)
+          s = s * over_rows(k_scale) + over_rows(jnp.log2(v_scale))
+          v_scales.append(v_scale)
+        position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * _ROWS)
+        limit = plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)
+        exponents.append(jnp.where(position < over_columns(limit), s, _MASKED))
+      new_top = functools.reduce(jnp.maximum, (t.max(axis=0) for t in exponents), top)
+      shrink = jnp.exp2(top - new_top)
+      total = total * (shrink if summed else over_columns(shrink))
+      for half, t in enumerate(exponents):
+        weight = jnp.exp2(t - over_columns(new_top))  # V's scale included, at most 1
+        share = weight * over_rows(1 / v_scales[half]) if widen else weight
+        total = total + (share.sum(axis=0) if summed else share)
+        p_smem[pl.ds(half * _ROWS, _ROWS)] = weight.astype(p_dtype)
+      plgpu.commit_smem()
+      plgpu.barrier_wait(v_barrier.at[slot])
+      acc = [block * over_columns(shrink) for block in acc]
+      for j in range(tiling.pages):
+        for block in range(blocks):
+          v = left(v_smem.at[slot, j, pl.ds(block * _ROWS, _ROWS)], p_swizzle)
+          acc[block] = acc[block] + product(v, p_smem.at[pl.ds(j * C, C)])
+      plgpu.commit_smem()  # these reads come before TMA's next write to the stage
+      pl.when(first + i + tiling.stages < last)(lambda: load(next_ids, slot))
+      return acc, total, new_top
+
+    lowest = plgpu.layout_cast(jnp.full((columns,), _LOWEST, jnp.float32), _LAYOUT.reduce(0))
+    no_sum = plgpu.layout_cast(jnp.zeros((columns,), jnp.float32), _LAYOUT.reduce(0)) if summed else filled(0.0)
+    start = [filled(0.0) for _ in range(blocks)], no_sum, lowest
+    acc, total, top = lax.fori_loop(0, last - first, step, start)
+    total = jnp.maximum(total if summed else total.sum(axis=0), _TINY)
+    for block in range(blocks):
+      out_gmem[tile, head, part, pl.ds(block * _ROWS, _ROWS)] = acc[block] / over_columns(total)
+    plgpu.store(sum_gmem.at[tile, head, part], top + jnp.log2(total), optimized=False)
+
+  stages = tiling.stages
+  page = k_pages.dtype
+  scratch = [
+    plgpu.SMEM((columns, H), q.dtype, transforms=transforms(q.dtype, H)),
+    plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, _ROWS * page.itemsize)),
+    plgpu.SMEM((stages, tiling.pages, H, C), page, transforms=transforms(page, C)),
+    plgpu.SMEM((step_tokens, columns), p_dtype, transforms=transforms(p_dtype, columns, p_swizzle)),
+    plgpu.SMEM((columns,), jnp.int32),
+    *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
+    plgpu.Barrier(num_arrivals=tiling.pages * (1 + len(scales)), num_barriers=stages),
+    plgpu.Barrier(num_arrivals=tiling.pages, num_barriers=stages),
+    plgpu.Barrier(num_arrivals=2),
+  ]
+  return plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, H, columns), jnp.float32),
+      jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, columns), jnp.float32),
+    ),
+    grid=(tiling.splits, K, num_tiles),
+    grid_names=("part", "head", "tile"),
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengths, *scales)
