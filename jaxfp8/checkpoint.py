@@ -1,155 +1,27 @@
-"""jaxfp8's own checkpoints: an Orbax folder of flat arrays, with what is not an array beside them.
+"""jaxfp8's own checkpoints as models: `save`, and `load_checkpoint` for any mesh, a few merged weights at a time.
 
-    FOLDER/                 an Orbax checkpoint: {key: array}, keys and layouts as layout.py says
-      jaxfp8.json           format version, config, recipe, formats, provenance
-      tokenizer.json, chat_template.jinja
-
-A checkpoint is written group by group under a temporary name and renamed when everything is on the disk: it is whole or
-it does not exist. `load_checkpoint` builds the arrays of a model for any mesh, one merged weight at a time.
+The folder itself, and how it is written, is checkpoint_folder.py's business; which key holds what is layout.py's.
 """
 
 import dataclasses
-import importlib
-import json
 import os
 import pathlib
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfp8 import layout
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, check_files, damaged, orbax, orbax_context, read_manifest
+from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
-from jaxfp8.layers import LayerFormat
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
 
-FORMAT_VERSION = 1
 _READ_BYTES = 64 << 20  # of weights read together, so that few bytes are in memory twice
-_MANIFEST, _TOKENIZER, _TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-  """What a checkpoint is. `provenance` is free JSON: where the numbers came from."""
-
-  config: LlamaConfig
-  recipe: Recipe
-  formats: tuple[LayerFormat, ...]
-  tokenizer: TokenizerFiles | None
-  provenance: Mapping[str, Any]
-
-  def to_json(self) -> str:
-    text = self.tokenizer and {"special_tokens": self.tokenizer.special_tokens, "add_bos": self.tokenizer.add_bos}
-    return json.dumps(
-      {
-        "format_version": FORMAT_VERSION,
-        "config": self.config.to_dict(),
-        "recipe": dataclasses.asdict(self.recipe),
-        "formats": [dataclasses.asdict(layer) for layer in self.formats],
-        "tokenizer": text,
-        "provenance": dict(self.provenance),
-      },
-      indent=1,
-    )
-
-
-def is_checkpoint(folder: str | os.PathLike) -> bool:
-  return (pathlib.Path(folder) / _MANIFEST).is_file()
-
-
-def read_manifest(folder: str | os.PathLike) -> Manifest:
-  """Raises InputError when the folder is no checkpoint of jaxfp8, or one of a newer version."""
-  folder = pathlib.Path(folder)
-  path = folder / _MANIFEST
-  try:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    version = data["format_version"]
-    if version > FORMAT_VERSION:
-      raise InputError(
-        f"checkpoint: {folder} has format version {version}; this jaxfp8 reads up to {FORMAT_VERSION}. Install a newer jaxfp8."
-      )
-    text = data["tokenizer"]
-    template = folder / _TEMPLATE
-    tokenizer = text and TokenizerFiles(
-      tokenizer_json=(folder / _TOKENIZER).read_text(encoding="utf-8"),
-      chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
-      special_tokens=text["special_tokens"],
-      add_bos=text["add_bos"],
-    )
-    formats = tuple(LayerFormat(**layer) for layer in data["formats"])
-    return Manifest(LlamaConfig.from_dict(data["config"]), Recipe(**data["recipe"]), formats, tokenizer, data["provenance"])
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-    raise InputError(
-      f"checkpoint: {folder} is no whole checkpoint of jaxfp8 ({type(error).__name__}: {error}). Convert it again."
-    ) from error
-
-
-class CheckpointWriter:
-  """Writes a checkpoint group by group; use as a context manager.
-
-  Leaving normally makes `folder` appear whole; leaving by an exception removes what was written.
-  Raises InputError if `folder` exists already or the disk refuses.
-  """
-
-  def __init__(self, folder: str | os.PathLike, manifest: Manifest):
-    self.folder, self.manifest = pathlib.Path(folder), manifest
-    # No leading dot: Orbax 0.12.8 would then silently finalize nothing.
-    self._temporary = self.folder.with_name(f"{self.folder.name}.writing-{os.getpid()}")
-
-  def __enter__(self) -> "CheckpointWriter":
-    if self.folder.exists():
-      raise InputError(f"checkpoint: {self.folder} exists already. Pass another folder, or remove it first.")
-    try:
-      self.folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise _disk_error(self.folder, error) from error
-    self._clean()
-    return self
-
-  def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-    """Adds arrays under keys that are not there yet."""
-    ocp = _orbax()
-    try:
-      with _context(ocp):
-        ocp.partial.save(self._temporary, dict(arrays))
-    except OSError as error:
-      raise _disk_error(self.folder, error) from error
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if kind is None:
-      try:
-        self._finish()
-      except OSError as failure:
-        self._clean()
-        raise _disk_error(self.folder, failure) from failure
-    else:
-      self._clean()
-
-  def _finish(self) -> None:
-    ocp = _orbax()
-    with _context(ocp):
-      ocp.partial.finalize(self._temporary)
-    files = {_MANIFEST: self.manifest.to_json()}
-    if self.manifest.tokenizer:
-      files[_TOKENIZER] = self.manifest.tokenizer.tokenizer_json
-      if self.manifest.tokenizer.chat_template is not None:
-        files[_TEMPLATE] = self.manifest.tokenizer.chat_template
-    for name, text in files.items():
-      (self._temporary / name).write_text(text, encoding="utf-8")
-    _sync_tree(self._temporary)
-    os.rename(self._temporary, self.folder)
-    _sync(self.folder.parent)
-
-  def _clean(self) -> None:
-    for path in self._temporary.parent.glob(self._temporary.name + "*"):
-      shutil.rmtree(path, ignore_errors=True)
 
 
 def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
@@ -251,59 +123,27 @@ class _Reader:
 
   def __init__(self, folder: pathlib.Path, manifest: Manifest):
     self.folder = folder
+    check_files(folder)
     groups = layout.checkpoint_arrays(manifest.config, manifest.recipe, manifest.formats)
     self.expected = {key: value for group in groups for key, value in group.items()}
-    self._ocp = _orbax()
+    self._ocp = orbax()
     try:
-      with _context(self._ocp):
+      with orbax_context(self._ocp):
         stored = self._ocp.metadata(folder).metadata
     except Exception as error:  # Orbax raises many kinds for a damaged folder
-      raise self._damaged(error) from error
+      raise damaged(self.folder, error) from error
+    if not stored:
+      raise damaged(self.folder, "Orbax finds no arrays")
     for key, (shape, dtype) in self.expected.items():
       # Orbax casts silently on restore, so dtypes are compared with the metadata first.
       found = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
       if found != (shape, dtype):
-        raise self._damaged(f"{key} must be {dtype} {shape}; the folder has {found}")
+        raise damaged(self.folder, f"{key} must be {dtype} {shape}; the folder has {found}")
 
   def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     target = {key: np.broadcast_to(np.zeros((), self.expected[key][1]), self.expected[key][0]) for key in keys}
     try:
-      with _context(self._ocp):
+      with orbax_context(self._ocp):
         return self._ocp.load(self.folder, target)
     except Exception as error:
-      raise self._damaged(error) from error
-
-  def _damaged(self, why) -> InputError:
-    sentence = str(why).split("\n", 1)[0][:300]
-    return InputError(f"checkpoint: {self.folder} is damaged ({sentence}). Remove the folder and convert again.")
-
-
-def _orbax():
-  return importlib.import_module("orbax.checkpoint.experimental.v1")
-
-
-def _context(ocp):
-  context = ocp.Context()
-  context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
-  context.pytree.loading.partial_load = True
-  return context
-
-
-def _sync_tree(folder: pathlib.Path) -> None:
-  for root, _, names in os.walk(folder):
-    for name in names:
-      _sync(pathlib.Path(root) / name)
-    _sync(pathlib.Path(root))
-
-
-def _sync(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def _disk_error(folder: pathlib.Path, error: OSError) -> InputError:
-  reason = os.strerror(error.errno) if error.errno else str(error)
-  return InputError(f"checkpoint: cannot write {folder}: {reason}. Nothing was left behind; pass another folder or free space.")
+      raise damaged(self.folder, error) from error

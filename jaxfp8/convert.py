@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxfp8 import checkpoint, fp8, layout, readers
-from jaxfp8.checkpoint import is_checkpoint, load_checkpoint, read_manifest
+from jaxfp8.checkpoint import load_checkpoint
+from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.layers import LayerFormat
@@ -34,10 +35,10 @@ def convert_checkpoint(
   arrays = SourceArrays(source, recipe)
   groups = layout.checkpoint_arrays(source.config, recipe, arrays.formats)
   sizes = [sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in group.values()) for group in groups]
-  manifest = checkpoint.Manifest(
+  manifest = Manifest(
     source.config, recipe, arrays.formats, tokenizer_of(source), {"source": source.path.name} | (provenance or {})
   )
-  with checkpoint.CheckpointWriter(folder, manifest) as writer:
+  with CheckpointWriter(folder, manifest) as writer:
     pending, done = {}, 0
     for place, (group, size) in enumerate(zip(groups, sizes, strict=True)):
       pending |= arrays.read(tuple(group))

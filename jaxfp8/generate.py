@@ -76,8 +76,10 @@ def main(argv: list[str]) -> int:
       requests = [Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts]
       lengths = [(len(request.prompt), params.max_new_tokens) for request in requests]
     engine = Engine(opened.model, tokenizer, mesh=opened.mesh, limits=startup.limits_for(opened.model, opened.mesh, lengths))
+    for request in () if FLAGS.interactive else requests:
+      engine.encode(request.prompt)  # refuses what is too long, before the time that compiling takes
     with progress.task("Compiling"):
-      engine.compile()
+      _compile(engine)
   start_seconds = time.perf_counter() - started
   completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
   _report(engine, opened.recipe, completions, start_seconds)
@@ -99,6 +101,11 @@ def _read_prompts(argv: list[str]) -> list[str]:
     raise InputError('generate: there is no prompt. Pass --prompt="Why is the sky blue?", --prompt_file or --interactive.')
   if not all(prompt.strip() for prompt in prompts):
     raise InputError("generate: a prompt is empty. Give it some text.")
+  for prompt in prompts:
+    try:
+      prompt.encode()
+    except UnicodeEncodeError as error:
+      raise InputError(f"generate: a prompt must be UTF-8 text; got {prompt[:40]!a}. Convert it to UTF-8.") from error
   return prompts
 
 
@@ -154,6 +161,15 @@ def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
 
 def _system() -> list[dict[str, str]]:
   return [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+
+
+def _compile(engine) -> None:
+  try:
+    engine.compile()
+  except ValueError as error:
+    if FLAGS.implementation == "auto" or isinstance(error, InputError):
+      raise
+    raise InputError(str(error)) from error  # a kernel that was asked for and cannot run here
 
 
 def _answer(engine, requests, prompts: list[str]) -> list:

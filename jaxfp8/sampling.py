@@ -12,6 +12,7 @@ Order: temperature, top-k, top-p among what top-k kept, min-p relative to the mo
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -48,8 +49,8 @@ class SamplingParams:
 
   def __post_init__(self):
     rules = (
-      ("temperature", self.temperature >= 0, "at least 0"),
-      ("top_k", self.top_k >= 0, "at least 0 (0 keeps all)"),
+      ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+      ("top_k", 0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2^31"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
       ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
       ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+import pallas_kernels
 from jaxfp8 import cache, checkpoint, convert, memory, readers
+from jaxfp8.checkpoint_folder import is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.engine import sizes_up_to
 from jaxfp8.errors import InputError
+from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.progress import Progress
 from jaxfp8.steps import Limits
@@ -21,6 +24,7 @@ from jaxfp8.tokenizer import Tokenizer
 from jaxfp8.weights_cache import cached_checkpoint
 
 MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
+_MAX_CPU_DEVICES = 64  # they are threads, and each costs milliseconds to start
 _FP8_UNITS_SINCE = (8, 9)  # compute capability of the first GPUs that multiply float8
 
 
@@ -37,6 +41,7 @@ class Wishes:
   data: int = 1
   implementation: str = "auto"
   cache_dir: str = ""
+  needs_tokenizer: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +68,18 @@ class Opened:
 
 def open_model(wishes: Wishes, progress: Progress) -> Opened:
   """Loads a checkpoint, converting it first where it is another project's. Raises InputError for whatever is not right."""
+  require_implementation(wishes.implementation)
   path = pathlib.Path(wishes.checkpoint) if wishes.checkpoint else readers.default_model()
   require_devices(wishes.tensor * wishes.data)
-  if checkpoint.is_checkpoint(path):
+  if is_checkpoint(path):
     recipe, source = _stored_recipe(path, wishes), None
   else:
     source = readers.open_source(path) if not wishes.cache_dir else None
     recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or "channel")
     if wishes.cache_dir:
       with progress.task("Converting weights") as report:
-        path = cached_checkpoint(path, recipe, wishes.cache_dir, report)
-  config = source.config if source else checkpoint.read_manifest(path).config
+        path = cached_checkpoint(path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes))
+  config = source.config if source else read_manifest(path).config
   mesh = checkpoint.make_mesh(config, wishes.tensor, wishes.data)
   with progress.task("Loading weights"):
     if source:
@@ -81,12 +87,31 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
       files = convert.tokenizer_of(source)
     else:
       model = convert.load(path, recipe, mesh=mesh, implementation=wishes.implementation)
-      files = checkpoint.read_manifest(path).tokenizer
+      files = read_manifest(path).tokenizer
   return Opened(model, mesh, str(wishes.checkpoint or config.name), files)
+
+
+def _check_source(source: readers.Source, wishes: Wishes) -> None:
+  """What would be refused after the conversion is refused before it."""
+  MeshShape.for_model(source.config, wishes.tensor, wishes.data)
+  if wishes.needs_tokenizer:
+    Tokenizer(source.tokenizer)
+
+
+def require_implementation(name: str) -> None:
+  """Raises InputError unless some operation has an implementation of this name."""
+  files = pathlib.Path(pallas_kernels.__file__).parent.glob("*/*.py")
+  known = ["auto", *sorted({file.stem for file in files} - {"__init__", "api"})]
+  if name not in known:
+    raise InputError(
+      f"generate: --implementation must be one of {', '.join(known)}; got {name!r}. Leave it out for the best one."
+    )
 
 
 def require_devices(count: int) -> None:
   """As many CPU devices as are asked for, before JAX starts; GPUs are what they are (see checkpoint.make_mesh)."""
+  if count > _MAX_CPU_DEVICES and os.environ.get("JAX_PLATFORMS") == "cpu":
+    raise InputError(f"mesh: --tensor times --data must be at most {_MAX_CPU_DEVICES} on a CPU; got {count}. Use fewer.")
   if (
     count > 1
     and os.environ.get("JAX_PLATFORMS") == "cpu"
@@ -139,7 +164,7 @@ def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
 
 def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
   """A checkpoint's own weights, with the activations and the KV cache that are asked for."""
-  stored = checkpoint.read_manifest(path).recipe
+  stored = read_manifest(path).recipe
   return _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
 
 

@@ -3,7 +3,8 @@
     CACHE/checkpoints/NAME-fp8-channel-HASH/   the checkpoint; HASH is of the source's content, the recipe and the format
     CACHE/sources.json                         path, size, time of the source's files -> hash of their content
 
-The second start looks at the files' sizes and times alone: it neither reads the source nor quantizes.
+The second start looks at the files' sizes and times alone: it neither reads the source nor quantizes. What is found damaged
+is converted again, and what a killed process left half written is removed by the next conversion.
 """
 
 import contextlib
@@ -12,19 +13,31 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
 
 from jaxfp8 import convert, readers
-from jaxfp8.checkpoint import FORMAT_VERSION, is_checkpoint
+from jaxfp8.checkpoint_folder import FORMAT_VERSION, WRITING, check_files, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.convert import Progress
 from jaxfp8.errors import InputError
+from jaxfp8.readers import Source
+
+_STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time
 
 
 def cached_checkpoint(
-  source_path: str | os.PathLike, recipe: Recipe, cache_dir: str | os.PathLike, progress: Progress | None = None
+  source_path: str | os.PathLike,
+  recipe: Recipe,
+  cache_dir: str | os.PathLike,
+  progress: Progress | None = None,
+  check: Callable[[Source], None] = lambda source: None,
 ) -> pathlib.Path:
   """The folder with `source_path` converted by `recipe`'s weights, converting it first if it is not there yet.
 
+  `check` may raise before minutes are spent on a conversion that serves nobody.
   Raises InputError for a source that cannot be read or a cache folder that cannot be written; nothing half-written stays.
   """
   cache = pathlib.Path(cache_dir).expanduser()
@@ -33,11 +46,40 @@ def cached_checkpoint(
   name = re.sub(r"[^A-Za-z0-9._]+", "-", pathlib.Path(source_path).resolve().stem)
   kind = recipe.weights if recipe.weights != "fp8" else f"fp8-{recipe.granularity}"
   folder = cache / "checkpoints" / f"{name}-{kind}-{key[:16]}"
-  if not is_checkpoint(folder):
-    convert.convert_checkpoint(
-      readers.open_source(source_path), folder, recipe, provenance={"source_sha256": digest}, progress=progress
-    )
+  if not _is_whole(folder):
+    source = readers.open_source(source_path)
+    check(source)
+    _remove_stale(folder)
+    try:
+      convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+    except InputError:
+      if not _is_whole(folder):  # else another process converted the same meanwhile
+        raise
   return folder
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+  """Whether the checkpoint is there. A damaged one is removed, with a word on stderr."""
+  if not folder.exists():
+    return False
+  try:
+    read_manifest(folder)
+    check_files(folder)
+  except InputError:
+    print(f"cache: {folder} is damaged; the source is converted again.", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+  return True
+
+
+def _remove_stale(folder: pathlib.Path) -> None:
+  """What a process that was killed left of this folder. Another that writes it now has touched it lately."""
+  with contextlib.suppress(OSError):
+    for path in folder.parent.iterdir():
+      if path.name.startswith(folder.name + WRITING):
+        newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+        if time.time() - newest > _STALE_SECONDS:
+          shutil.rmtree(path, ignore_errors=True)
 
 
 def _content_digest(files: list[pathlib.Path], cache: pathlib.Path) -> str:
