@@ -126,6 +126,8 @@ class Engine:
     outputs = {}
     for index, request in enumerate(requests):
       prompt = self.encode(request.prompt)
+      if request.params.stop and self.tokenizer is None:
+        raise InputError("engine: stop strings need a tokenizer, and this checkpoint has none. Pass stop_token_ids.")
       if (request.params.logprobs or 0) > limits.num_logprobs:
         raise InputError(
           f"engine: logprobs must be at most this engine's {limits.num_logprobs}; got {request.params.logprobs}. "
