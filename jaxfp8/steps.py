@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxfp8 import program_cache
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import DEFAULT_PAGE_SIZE, KVCache
 from jaxfp8.checkpoint import mesh_shape
@@ -105,6 +106,7 @@ class CompiledSteps:
     self._target = Target.of(mesh.devices.flat[0])
     self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
     self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
+    self._identity = repr((model.config, model.recipe, model.formats, model.shape, model.runtime, mesh_shape(mesh), limits))
 
   @property
   def num_shards(self) -> int:
@@ -118,7 +120,12 @@ class CompiledSteps:
     """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once."""
     if (kind, size) not in self._programs:
       start = time.perf_counter()
-      self._programs[kind, size] = self.lower(kind, size).compile()
+      key = f"{kind} {size} {self._identity}"
+      program = program_cache.load(key, self.mesh)
+      if program is None:
+        program = self.lower(kind, size).compile()
+        program_cache.store(key, program, self.mesh)
+      self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
     return self._programs[kind, size]
 
