@@ -35,6 +35,7 @@ from jaxfp8.errors import InputError
 
 DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 REGISTERS_PER_SM = 65536
+RESERVED_SMEM = 1024  # bytes that the hardware keeps of each CTA's shared memory (CUDA programming guide, from 8.0 on)
 HARMLESS = frozenset({"C7504"})  # setmaxnreg is ignored in relocatable code, which is what nvJitLink makes
 
 
@@ -56,6 +57,12 @@ class KernelReport:
   def count(self, pattern: str) -> int:
     """How many instructions have an opcode that matches the regular expression from its start."""
     return sum(number for opcode, number in self.opcodes.items() if re.match(pattern, opcode))
+
+  def ctas_per_sm(self, spec: DeviceSpec) -> int:
+    """How many CTAs one SM holds, by registers (given to a warp in units of 256), shared memory and threads."""
+    registers = -(-self.registers // 8) * 8 * self.threads
+    smem = -(-self.smem_bytes // 128) * 128 + RESERVED_SMEM
+    return min(REGISTERS_PER_SM // registers, spec.shared_memory_per_sm_bytes // smem, spec.threads_per_sm // self.threads)
 
 
 def have_compiler() -> bool:
@@ -152,18 +159,22 @@ def compile_for(
 
 def read_dumps(folder: str | os.PathLike, kernel: str = "", device: str = "") -> list[KernelReport]:
   """The kernels whose dumps lie in `folder` (written while MOSAIC_GPU_DUMP_TO named it), in the order of compilation."""
-  paths = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda path: (len(path.name), path.name))
-  return [_read_dump(path, kernel or path.stem, device) for path in paths]
+
+  def in_order(pattern):
+    return sorted(pathlib.Path(folder).glob(pattern), key=lambda path: (len(path.name), path.name))
+
+  # The two halves of the compiler number kernels on their own, so names need not agree, but the order does.
+  pairs = zip(in_order("*.ptxas"), in_order("*.resources.txt"), strict=True)
+  return [_read_dump(path, resources, kernel or path.stem, device) for path, resources in pairs]
 
 
-def _read_dump(path: pathlib.Path, kernel: str, device: str) -> KernelReport:
+def _read_dump(path: pathlib.Path, resources: pathlib.Path, kernel: str, device: str) -> KernelReport:
   log = path.read_bytes().replace(b"\0", b"").decode(errors="replace")
   sass = path.with_suffix(".sass_ctrl")
   if not sass.exists():
     raise InputError(f"deviceless: no machine code beside {path.name}; nvdisasm is missing. Install the `cuda` extra.")
   code = sass.read_text()
   ptx = path.with_suffix(".ptx").read_text()
-  resources = path.parent / f"{path.stem}.resources.txt"
   spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
   opcodes = collections.Counter(m.group(1) for m in re.finditer(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code))
   threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", ptx)
@@ -175,10 +186,16 @@ def _read_dump(path: pathlib.Path, kernel: str, device: str) -> KernelReport:
     threads=int(threads.group(1)) if threads else 0,
     spill_bytes=int(spills.group(2)) + int(spills.group(3)),
     stack_bytes=int(spills.group(1)),
-    smem_bytes=int(re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()).group(1)),
+    smem_bytes=_shared_memory(resources.read_text()),
     warnings=tuple(sorted(set(re.findall(r"\bC7\d+", log)) - HARMLESS)),
     opcodes=dict(sorted(opcodes.items())),
   )
+
+
+def _shared_memory(resources: str) -> int:
+  """Buffers, and eight bytes for every barrier."""
+  barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
+  return int(re.search(r"smem_scratch_bytes=(\d+)", resources).group(1)) + 8 * sum(int(n) * int(m) for n, m in barriers)
 
 
 def compile_cases(device: str, names: Sequence[str], timeout_s: float = 300) -> dict[str, list[KernelReport] | str]:

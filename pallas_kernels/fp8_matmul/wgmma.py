@@ -20,7 +20,6 @@ lies outside with zeros and drops what is stored there. D must be a multiple of 
 A row's bits depend on the regime (skinny or wide), the shapes of w and the device, not on the number of tokens.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -31,50 +30,14 @@ from jax import lax
 
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
+from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, choose_tiling, form_of, unit_of
 
-WG_ROWS = 64  # rows of one wgmma
-MAX_SKINNY = 64  # tokens
-_SM_BYTES = 232448  # shared memory that one SM can give to CTAs
-_CTA_BYTES = 1024  # what the hardware keeps of it for each CTA
-_SCRATCH_BYTES = 1024  # barriers and Mosaic's own scratch
 _WIDENED = 64  # columns widened at once, which bounds registers
 _LAYOUT = plgpu.Layout.WGMMA
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """rows of w and tokens of x a tile, depth: columns of D a pipeline step, stages of the ring, parts that D is cut into."""
-
-  rows: int
-  tokens: int
-  depth: int
-  stages: int
-  splits: int
-  ctas_per_sm: int
-
-  def stage_bytes(self, x_dtype, w_dtype) -> int:
-    return self.depth * (self.rows * jnp.dtype(w_dtype).itemsize + self.tokens * jnp.dtype(x_dtype).itemsize)
-
-  def bytes_in_flight(self, w_dtype) -> int:
-    """Bytes of weights under way to one SM while the ring is full."""
-    return self.ctas_per_sm * self.stages * self.rows * self.depth * jnp.dtype(w_dtype).itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """Which operands: dtype of w in memory, of x as the tensor cores see it, and rows of w that share a block scale (0: none)."""
-
-  w_dtype: jnp.dtype
-  x_dtype: jnp.dtype
-  block_rows: int = 0
-
-  @property
-  def widens(self) -> bool:
-    return self.w_dtype == jnp.float8_e4m3fn and self.x_dtype != jnp.float8_e4m3fn
-
-
 def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target):
-  form = _form(x_TD, w_FD, w_scale)
+  form = form_of(x_TD, w_FD, w_scale)
   T, (F, D) = x_TD.shape[0], w_FD.shape
   tiling = choose_tiling(T, F, D, form, target)
   if form.widens:
@@ -91,66 +54,6 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target):
   if x_scale is not None:
     y_FT = y_FT * x_scale
   return y_FT.T.astype(out_dtype)
-
-
-def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
-  """The tile sizes for a call. Sums are cut at the same columns for every T of a regime."""
-  sms = target.num_sms or HOPPER_SMS
-  unit = _unit(D, form)
-  few = T <= 16
-  rows = WG_ROWS if few or F < 2 * WG_ROWS else 2 * WG_ROWS
-  if T > MAX_SKINNY:
-    tokens = 96 if form.widens else 128  # the most that leaves no register spilled
-    tiling = Tiling(rows, tokens, unit, 1, 1, 1)
-    room = _SM_BYTES - _CTA_BYTES - _SCRATCH_BYTES - tokens * rows * 4
-  else:
-    long = 2 * unit if D % (2 * unit) == 0 else unit
-    splits = _choose_splits(-(-F // WG_ROWS), D // long, 3 * sms)
-    ctas = 3 if few else 1  # registers: more tokens leave no room for a second CTA
-    tiling = Tiling(rows, -(-T // 8) * 8, long if few else unit, 1, splits, ctas)
-    room = _SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
-  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 8)
-  return dataclasses.replace(tiling, stages=stages)
-
-
-def _unit(D: int, form: Form) -> int:
-  """Columns that are summed in one accumulator: 128 bytes of a row of w, or 64 where D allows no more."""
-  unit = 128 // jnp.dtype(form.w_dtype).itemsize
-  return unit if D % unit == 0 else 64 // jnp.dtype(form.w_dtype).itemsize
-
-
-def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
-  """(bytes that TMA reads, float operations) of the kernel; scales and partial sums are less than a percent of a long row."""
-  tiling = choose_tiling(T, F, D, form, target)
-  tokens = -(-T // 8) * 8
-  read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
-  read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
-  return read_w + read_x, 2 * T * F * D
-
-
-def _form(x_TD, w_FD, w_scale) -> Form:
-  F, D = w_FD.shape
-  if jnp.float32 in (x_TD.dtype, w_FD.dtype):
-    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {x_TD.dtype} by {w_FD.dtype}")
-  if D % 64 or F % 8:
-    raise NotImplementedError(f"wgmma needs D a multiple of 64 and F of 8; got F={F}, D={D}")
-  block_rows = api.block_rows(w_FD, w_scale) if w_scale is not None and w_scale.ndim == 2 else 0
-  if block_rows % WG_ROWS:
-    raise NotImplementedError(f"wgmma needs scale blocks of a multiple of {WG_ROWS} rows; got {block_rows}")
-  if not api.is_float8(w_FD) and api.is_float8(x_TD):
-    raise NotImplementedError("wgmma does not mix float8 activations with bfloat16 weights")
-  widens = api.is_float8(w_FD) and not api.is_float8(x_TD)
-  return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
-
-
-def _choose_splits(row_tiles: int, steps: int, slots: int) -> int:
-  """Parts to cut D into, so that CTAs fill `slots` places in few, long, even waves. Ties go to fewer parts."""
-
-  def time(splits):
-    waves = -(-row_tiles * splits // slots)
-    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
-
-  return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))
 
 
 def power_of_two_scale(x):
@@ -221,7 +124,7 @@ def _step(form: Form, tiling: Tiling, w_FD, scale_gmem, row_tile, first_step):
   """The pipeline's body: adds one stage's products to the float32 sum."""
   F, D = w_FD.shape
   wg = lax.axis_index("wg")
-  width = _unit(D, form)
+  width = unit_of(D, form)
 
   def block_scale(column):
     block_row = lax.div(row_tile * tiling.rows + wg * WG_ROWS, jnp.int32(form.block_rows))
@@ -316,8 +219,8 @@ def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, t
     def _(allocations):
       @plgpu.nd_loop((row_tiles * token_tiles,), collective_axes="cta")
       def _(loop):
-        # Neighbours in time share weights: tiles go down the tokens first, in stripes of eight rows of tiles.
-        row_tile, token_tile = plgpu.planar_snake(loop.index[0], (row_tiles, token_tiles), 0, 8)
+        # All tokens of a tile of weights at the same time, so that weights come from device memory once, and x from L2.
+        row_tile, token_tile = lax.div(loop.index[0], token_tiles), lax.rem(loop.index[0], token_tiles)
         row, token = row_tile * tiling.rows + wg * WG_ROWS, token_tile * tiling.tokens
 
         def compute(pipeline):

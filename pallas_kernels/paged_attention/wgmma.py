@@ -17,11 +17,10 @@ and m = max t, the weight 2^(s - m) * v_scale is at most 1 and the largest of th
 2^(s - m), in float32. So no scale is left on the output and no page needs one of its own.
 
 Each part writes its normalized output and the logarithm of its sum; XLA joins the parts. An empty part or tile gives zeros.
-Pages past a sequence's length are not read. A value that is not finite anywhere in a page that is read spoils its queries, masked
-or not (0 * inf): so does plain attention.
+Pages past a sequence's length are not read. A value that is not finite anywhere in a page that is read spoils its queries,
+masked or not (0 * inf): so does plain attention.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -31,27 +30,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.dispatch import Target
 from pallas_kernels.fp8_matmul.wgmma import power_of_two_scale, transforms
+from pallas_kernels.paged_attention.tiling import ROWS, Tiles, Tiling, choose_tiling, decode_tiles, prefill_tiles
 
-_ROWS = 64  # tokens or head channels of one wgmma
-_SM_BYTES = 232448
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
 _MASKED = -2e30
 _TINY = 2.0**-126
 _LAYOUT = plgpu.Layout.WGMMA
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-  """query tokens and (padded) columns a tile, pages a stage, stages of the ring, parts that a context is cut into."""
-
-  tokens: int
-  columns: int
-  pages: int
-  stages: int
-  splits: int
-  ctas_per_sm: int
 
 
 def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target: Target):
@@ -60,7 +46,7 @@ def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, length
   B, M = page_table_BM.shape
   _check(q_TNH, k_pages)
   tiling = choose_tiling(T, N, K, H, C, B, M, query_starts is None, k_pages.dtype, target)
-  tiles = _decode_tiles(lengths_B) if query_starts is None else _prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
+  tiles = decode_tiles(lengths_B) if query_starts is None else prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
   q, factor = _query_tiles(q_TNH, tiles, K, tiling, k_scale is not None)
   limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - tiling.tokens * N // K)))
   scales = () if k_scale is None else (k_scale, v_scale)
@@ -73,35 +59,6 @@ def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, length
   return tiles.untile(out.reshape(-1, N, H)).astype(q_TNH.dtype)
 
 
-def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> Tiling:
-  """Tile sizes for a call; they depend on static sizes only, so one program treats every length alike."""
-  G = N // K
-  # Every column costs registers: its output, its softmax and, where K and V are widened, them.
-  most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
-  if most < G:
-    raise NotImplementedError(f"wgmma needs at most {most} query heads a KV head for these pages; got {G}")
-  tokens = 1 if decode else most // G
-  columns = next(c for c in (16, 32, 64) if c >= tokens * G)
-  pages = max(1, _ROWS // C)
-  num_tiles = B if decode else T // tokens + B
-  ctas = 3 if columns == 16 else 2
-  page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
-  fixed = columns * (H + pages * C) * 2 + 3584
-  stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
-  sms = target.num_sms or HOPPER_SMS
-  splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
-  return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
-
-
-def cost(lengths, H: int, K: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
-  """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
-  token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
-  step = tiling.pages * C
-  tokens = sum(-(-length // step) * step for length in lengths)
-  query_bytes = len(lengths) * K * tiling.splits * tiling.columns * (H * 2 + 4)  # with how far each column sees
-  return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
-
-
 def _check(q_TNH, k_pages):
   H, C = q_TNH.shape[2], k_pages.shape[2]
   if k_pages.dtype == jnp.float32 or q_TNH.dtype == jnp.float32:
@@ -110,45 +67,7 @@ def _check(q_TNH, k_pages):
     raise NotImplementedError(f"wgmma needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-  """sequences [tiles], tokens [tiles, tokens] and how many keys each of them sees, limits [tiles, tokens] (0: padding)."""
-
-  sequences: jax.Array
-  tokens: jax.Array
-  limits: jax.Array
-  places: jax.Array  # [T], where each token lies among the tiles' tokens
-  present: jax.Array  # [T]
-
-  def untile(self, x):
-    """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
-    return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
-
-
-def _decode_tiles(lengths_B) -> _Tiles:
-  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
-  return _Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
-
-
-def _prefill_tiles(query_starts, lengths_B, T: int, size: int) -> _Tiles:
-  """Every sequence's queries in tiles of `size` tokens; T // size + B tiles always suffice."""
-  B = lengths_B.shape[0]
-  counts = query_starts[1:] - query_starts[:-1]
-  first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
-  tile = jnp.arange(T // size + B)
-  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
-  offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
-  inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
-  limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
-  tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
-  token = jnp.arange(T)
-  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
-  places = first_tile[owner] * size + token - query_starts[owner]
-  present = token < query_starts[-1]
-  return _Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)
-
-
-def _query_tiles(q_TNH, tiles: _Tiles, K: int, tiling: Tiling, widen: bool):
+def _query_tiles(q_TNH, tiles: Tiles, K: int, tiling: Tiling, widen: bool):
   """(q [tiles, K, columns, H], float32 factor [tiles, K] that turns scores into exponents of 2)."""
   _, N, H = q_TNH.shape
   q = q_TNH[tiles.tokens].reshape(-1, tiling.tokens, K, N // K, H).transpose(0, 2, 1, 3, 4)
@@ -165,10 +84,10 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
   num_tiles, K, columns, H = q.shape
   C = k_pages.shape[2]
   step_tokens = tiling.pages * C
-  halves, blocks = step_tokens // _ROWS, H // _ROWS
+  halves, blocks = step_tokens // ROWS, H // ROWS
   widen = bool(scales)
   p_dtype = q.dtype
-  summed = columns == _ROWS  # sums in every step cost a barrier, sums at the end cost registers
+  summed = columns == ROWS  # sums in every step cost a barrier, sums at the end cost registers
   p_swizzle = min(128, 2 * columns, 2 * C)
 
   def kernel(*refs):
@@ -178,7 +97,7 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
       rest[len(scales) : len(scales) + 2],
       rest[len(scales) + 2 :],
     )
-    q_smem, k_smem, v_smem, p_smem, limits_smem, *scale_smem, k_barrier, v_barrier, q_barrier = scratch
+    q_smem, k_smem, v_smem, p_smem, *scale_smem, limits_smem, k_barrier, v_barrier, q_barrier = scratch
     part, head, tile = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("tile")
     sequence, length = sequences_gmem[tile], lengths_gmem[tile]
     num_pages = lax.div(length + (C - 1), jnp.int32(C))
@@ -207,7 +126,7 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
       pl.when(first + i < last)(lambda i=i: load(page_ids(first + i), i))
     plgpu.copy_gmem_to_smem(limits_gmem.at[tile], limits_smem, q_barrier)
     factor = factor_gmem[tile, head]
-    shape = (_ROWS, columns)
+    shape = (ROWS, columns)
 
     def over_columns(x):
       return lax.broadcast_in_dim(x, shape, [1])
@@ -231,8 +150,8 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
 
     def scores(k):
       def multiply(acc):
-        for start in range(0, H, _ROWS):
-          columns_of_h = pl.ds(start, _ROWS)
+        for start in range(0, H, ROWS):
+          columns_of_h = pl.ds(start, ROWS)
           plgpu.wgmma(acc, left(k.at[:, columns_of_h], 128), q_smem.at[:, columns_of_h].transpose((1, 0)))
         return acc[...]
 
@@ -250,13 +169,13 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
       plgpu.barrier_wait(k_barrier.at[slot])
       exponents, v_scales = [], []
       for half in range(halves):
-        tokens = pl.ds(half * _ROWS, _ROWS)
+        tokens = pl.ds(half * ROWS, ROWS)
         s = scores(k_smem.at[slot, tokens]) * factor
         if widen:
           k_scale, v_scale = (plgpu.load(ref.at[slot, tokens], layout=_LAYOUT.reduce(1)) for ref in scale_smem)
           s = s * over_rows(k_scale) + over_rows(jnp.log2(v_scale))
           v_scales.append(v_scale)
-        position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * _ROWS)
+        position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * ROWS)
         limit = plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)
         exponents.append(jnp.where(position < over_columns(limit), s, _MASKED))
       new_top = functools.reduce(jnp.maximum, (t.max(axis=0) for t in exponents), top)
@@ -266,13 +185,13 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
         weight = jnp.exp2(t - over_columns(new_top))  # V's scale included, at most 1
         share = weight * over_rows(1 / v_scales[half]) if widen else weight
         total = total + (share.sum(axis=0) if summed else share)
-        p_smem[pl.ds(half * _ROWS, _ROWS)] = weight.astype(p_dtype)
+        p_smem[pl.ds(half * ROWS, ROWS)] = weight.astype(p_dtype)
       plgpu.commit_smem()
       plgpu.barrier_wait(v_barrier.at[slot])
       acc = [block * over_columns(shrink) for block in acc]
       for j in range(tiling.pages):
         for block in range(blocks):
-          v = left(v_smem.at[slot, j, pl.ds(block * _ROWS, _ROWS)], p_swizzle)
+          v = left(v_smem.at[slot, j, pl.ds(block * ROWS, ROWS)], p_swizzle)
           acc[block] = acc[block] + product(v, p_smem.at[pl.ds(j * C, C)])
       plgpu.commit_smem()  # these reads come before TMA's next write to the stage
       pl.when(first + i + tiling.stages < last)(lambda: load(next_ids, slot))
@@ -284,18 +203,18 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
     acc, total, top = lax.fori_loop(0, last - first, step, start)
     total = jnp.maximum(total if summed else total.sum(axis=0), _TINY)
     for block in range(blocks):
-      out_gmem[tile, head, part, pl.ds(block * _ROWS, _ROWS)] = acc[block] / over_columns(total)
+      out_gmem[tile, head, part, pl.ds(block * ROWS, ROWS)] = acc[block] / over_columns(total)
     plgpu.store(sum_gmem.at[tile, head, part], top + jnp.log2(total), optimized=False)
 
   stages = tiling.stages
   page = k_pages.dtype
   scratch = [
     plgpu.SMEM((columns, H), q.dtype, transforms=transforms(q.dtype, H)),
-    plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, _ROWS * page.itemsize)),
+    plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, ROWS * page.itemsize)),
     plgpu.SMEM((stages, tiling.pages, H, C), page, transforms=transforms(page, C)),
     plgpu.SMEM((step_tokens, columns), p_dtype, transforms=transforms(p_dtype, columns, p_swizzle)),
-    plgpu.SMEM((columns,), jnp.int32),
     *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
+    plgpu.SMEM((columns,), jnp.int32),  # last: the others are aligned to 1024 bytes
     plgpu.Barrier(num_arrivals=tiling.pages * (1 + len(scales)), num_barriers=stages),
     plgpu.Barrier(num_arrivals=tiling.pages, num_barriers=stages),
     plgpu.Barrier(num_arrivals=2),
@@ -309,5 +228,5 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
     grid=(tiling.splits, K, num_tiles),
     grid_names=("part", "head", "tile"),
     scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
   )(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengths, *scales)

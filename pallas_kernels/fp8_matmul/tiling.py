@@ -1,0 +1,112 @@
+"""Tile sizes of the Hopper fp8_matmul, and what a call costs: plain integers, no kernel.
+
+Few tokens: what counts is bytes of weights under way. By Little's law one SM of an H100 needs 18 KB in flight to draw its share
+of 3.35 TB/s at 700 ns (26 KB on an H200); the ring of stages, times the CTAs that fit, is at least 32 KB and mostly 100.
+Many tokens: tiles as large as registers allow, twice: one accumulator of the tensor cores and one float32 sum.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.fp8_matmul import api
+
+WG_ROWS = 64  # rows of one wgmma
+MAX_SKINNY = 64  # tokens
+SM_BYTES = 232448  # shared memory that one SM can give to CTAs
+_CTA_BYTES = 1024  # what the hardware keeps of it for each CTA
+_SCRATCH_BYTES = 1024  # barriers and Mosaic's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """rows of w and tokens of x a tile, columns of D a step (depth), stages, parts of D (splits), CTAs an SM holds."""
+
+  rows: int
+  tokens: int
+  depth: int
+  stages: int
+  splits: int
+  ctas_per_sm: int
+
+  def stage_bytes(self, x_dtype, w_dtype) -> int:
+    return self.depth * (self.rows * jnp.dtype(w_dtype).itemsize + self.tokens * jnp.dtype(x_dtype).itemsize)
+
+  def weight_bytes_in_flight(self, w_dtype) -> int:
+    """Bytes of weights under way to one CTA while its ring is full."""
+    return self.stages * self.rows * self.depth * jnp.dtype(w_dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """Which operands: dtype of w in memory, of x as the tensor cores see it, and rows of w that share a block scale (0: none)."""
+
+  w_dtype: jnp.dtype
+  x_dtype: jnp.dtype
+  block_rows: int = 0
+
+  @property
+  def widens(self) -> bool:
+    return self.w_dtype == jnp.float8_e4m3fn and self.x_dtype != jnp.float8_e4m3fn
+
+
+def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
+  """The tile sizes for a call. Sums are cut at the same columns for every T of a regime."""
+  sms = target.num_sms or HOPPER_SMS
+  unit = unit_of(D, form)
+  few = T <= 16
+  rows = WG_ROWS if few or F < 2 * WG_ROWS else 2 * WG_ROWS
+  if T > MAX_SKINNY:
+    tokens = 96 if form.widens else 128  # the most that leaves no register spilled
+    tiling = Tiling(rows, tokens, unit, 1, 1, 1)
+    room = SM_BYTES - _CTA_BYTES - _SCRATCH_BYTES - tokens * rows * 4
+  else:
+    long = 2 * unit if D % (2 * unit) == 0 else unit
+    splits = _choose_splits(-(-F // WG_ROWS), D // long, 3 * sms)
+    ctas = 3 if few else 1  # registers: more tokens leave no room for a second CTA
+    tiling = Tiling(rows, -(-T // 8) * 8, long if few else unit, 1, splits, ctas)
+    room = SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
+  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 8)
+  return dataclasses.replace(tiling, stages=stages)
+
+
+def unit_of(D: int, form: Form) -> int:
+  """Columns that are summed in one accumulator: 128 bytes of a row of w, or 64 where D allows no more."""
+  unit = 128 // jnp.dtype(form.w_dtype).itemsize
+  return unit if D % unit == 0 else 64 // jnp.dtype(form.w_dtype).itemsize
+
+
+def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
+  """(bytes that TMA reads, float operations) of the kernel; scales and partial sums are less than a percent of a long row."""
+  tiling = choose_tiling(T, F, D, form, target)
+  tokens = -(-T // 8) * 8
+  read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
+  read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
+  return read_w + read_x, 2 * T * F * D
+
+
+def form_of(x_TD, w_FD, w_scale) -> Form:
+  """What is multiplied. Raises NotImplementedError for what the kernels cannot do."""
+  F, D = w_FD.shape
+  if jnp.float32 in (x_TD.dtype, w_FD.dtype):
+    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {x_TD.dtype} by {w_FD.dtype}")
+  if D % 64 or F % 8:
+    raise NotImplementedError(f"wgmma needs D a multiple of 64 and F of 8; got F={F}, D={D}")
+  block_rows = api.block_rows(w_FD, w_scale) if w_scale is not None and w_scale.ndim == 2 else 0
+  if block_rows % WG_ROWS:
+    raise NotImplementedError(f"wgmma needs scale blocks of a multiple of {WG_ROWS} rows; got {block_rows}")
+  if not api.is_float8(w_FD) and api.is_float8(x_TD):
+    raise NotImplementedError("wgmma does not mix float8 activations with bfloat16 weights")
+  widens = api.is_float8(w_FD) and not api.is_float8(x_TD)
+  return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
+
+
+def _choose_splits(row_tiles: int, steps: int, slots: int) -> int:
+  """Parts to cut D into, so that CTAs fill `slots` places in few, long, even waves. Ties go to fewer parts."""
+
+  def time(splits):
+    waves = -(-row_tiles * splits // slots)
+    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
+
+  return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))

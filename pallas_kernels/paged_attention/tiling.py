@@ -1,0 +1,98 @@
+"""How the Hopper paged_attention cuts its work: tile sizes, which queries stand in which tile, what a call costs.
+
+A tile is a few query tokens of one sequence; their G query heads of one KV head are the columns of a product.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import HOPPER_SMS, Target
+
+ROWS = 64  # tokens or head channels of one wgmma
+_SM_BYTES = 232448
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+  """query tokens and (padded) columns a tile, pages a stage, stages of the ring, parts that a context is cut into."""
+
+  tokens: int
+  columns: int
+  pages: int
+  stages: int
+  splits: int
+  ctas_per_sm: int
+
+
+def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> Tiling:
+  """Tile sizes for a call; they depend on static sizes only, so one program treats every length alike."""
+  G = N // K
+  # Every column costs registers: its output, its softmax and, where K and V are widened, them.
+  most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
+  if most < G:
+    raise NotImplementedError(f"wgmma needs at most {most} query heads a KV head for these pages; got {G}")
+  tokens = 1 if decode else most // G
+  columns = next(c for c in (16, 32, 64) if c >= tokens * G)
+  pages = max(1, ROWS // C)
+  num_tiles = B if decode else T // tokens + B
+  ctas = 3 if columns == 16 else 2
+  page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
+  fixed = columns * (H + pages * C) * 2 + 3584
+  stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
+  sms = target.num_sms or HOPPER_SMS
+  splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
+  return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
+
+
+def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
+  """Bytes of pages under way to one CTA while its ring is full."""
+  return 2 * tiling.stages * tiling.pages * C * H * jnp.dtype(dtype).itemsize
+
+
+def cost(lengths, H: int, K: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
+  """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
+  token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
+  step = tiling.pages * C
+  tokens = sum(-(-length // step) * step for length in lengths)
+  query_bytes = len(lengths) * K * tiling.splits * tiling.columns * (H * 2 + 4)  # with how far each column sees
+  return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """sequences [tiles], tokens [tiles, tokens] and how many keys each of them sees, limits [tiles, tokens] (0: padding)."""
+
+  sequences: jax.Array
+  tokens: jax.Array
+  limits: jax.Array
+  places: jax.Array  # [T], where each token lies among the tiles' tokens
+  present: jax.Array  # [T]
+
+  def untile(self, x):
+    """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
+    return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
+
+
+def decode_tiles(lengths_B) -> Tiles:
+  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
+  return Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
+
+
+def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:
+  """Every sequence's queries in tiles of `size` tokens; T // size + B tiles always suffice."""
+  B = lengths_B.shape[0]
+  counts = query_starts[1:] - query_starts[:-1]
+  first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
+  tile = jnp.arange(T // size + B)
+  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
+  offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
+  inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
+  limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
+  tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
+  token = jnp.arange(T)
+  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
+  places = first_tile[owner] * size + token - query_starts[owner]
+  present = token < query_starts[-1]
+  return Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)
