@@ -111,20 +111,19 @@ class Scheduler:
     self._admit()
     ready = [s for s in self.running if s.length < s.max_tokens]
     prompts = [s for s in ready if not s.is_decoding]
-    kind = "prefill" if prompts else "decode"
     budgets = [self.max_tokens if prompts else self.max_sequences] * len(self.pools)
     chunks: list[list[Chunk]] = [[] for _ in self.pools]
+    blocked = set()  # shards where the one to evict has an unread token: no more is planned for them
     for sequence in [s for s in ready if s.is_decoding] + prompts:
       size = min(sequence.length - sequence.num_computed, budgets[sequence.shard])
-      if size < 1 or sequence not in self.running:
+      if size < 1 or sequence.shard in blocked or sequence not in self.running:
         continue
-      if not self._make_room(sequence, sequence.num_computed + size):
-        if self._youngest(sequence.shard) is not sequence:
-          return self._planned(kind, chunks)  # the one to evict has an unread token: plan no more for it
-        continue
-      chunks[sequence.shard].append(self._plan_chunk(sequence, size))
-      budgets[sequence.shard] -= size
-    return self._planned(kind, chunks)
+      if self._make_room(sequence, sequence.num_computed + size):
+        chunks[sequence.shard].append(self._plan_chunk(sequence, size))
+        budgets[sequence.shard] -= size
+      elif self._youngest(sequence.shard) is not sequence:
+        blocked.add(sequence.shard)
+    return self._planned(chunks)
 
   def commit(self, plan: StepPlan, tokens: dict[Sequence, int]) -> None:
     """Appends what a planned step chose. Sequences that ended meanwhile are passed over."""
@@ -145,8 +144,12 @@ class Scheduler:
     for pool in self.pools:
       pool.check_integrity()
 
-  def _planned(self, kind: str, chunks: list[list[Chunk]]) -> StepPlan | None:
-    return StepPlan(kind, tuple(tuple(shard) for shard in chunks)) if any(chunks) else None
+  def _planned(self, chunks: list[list[Chunk]]) -> StepPlan | None:
+    """A step whose prompts all wait for pages is a decode step."""
+    if not any(chunks):
+      return None
+    kind = "decode" if all(chunk.from_device for shard in chunks for chunk in shard) else "prefill"
+    return StepPlan(kind, tuple(tuple(shard) for shard in chunks))
 
   def _plan_chunk(self, sequence: Sequence, size: int) -> Chunk:
     start, stop = sequence.num_computed, sequence.num_computed + size
