@@ -33,6 +33,7 @@ _HOME = {
   "plan_deployment": "planner",
   "prefill": "steps",
   "quantize": "fp8",
+  "random_weights": "synthetic",
   "sample": "sampling",
   "save": "checkpoint",
 }

@@ -12,11 +12,30 @@ from pallas_kernels.paged_attention.reference import query_places
 
 
 class _Places:
-  """Where each token stands; shared by both batches."""
+  """Where each token stands, and whether the arrays fit together; shared by both batches."""
 
   def places(self) -> tuple[jax.Array, jax.Array]:
     """(sequence of each token, its position in it), both int32 [T]; padding has position -1."""
     return query_places(self.query_starts, self.lengths_B, self.tokens_T.shape[0])
+
+  def check(self) -> None:
+    """Raises InputError, naming the axis and both sizes, where the arrays do not fit together. While tracing: costs nothing."""
+    who, starts = type(self).__name__, self.query_starts
+    axes = {"tokens_T": "T", "lengths_B": "B", "page_table_BM": "BM"} | ({} if starts is None else {"query_starts": "B"})
+    for name, letters in axes.items():
+      array = getattr(self, name)
+      shape = ", ".join(letters) if name != "query_starts" else "B + 1"
+      if array.ndim != len(letters):
+        raise InputError(f"{who}: {name} must be [{shape}]; got {array.ndim} axes, {tuple(array.shape)}. {self._way_out}")
+      if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(f"{who}: {name} must hold whole numbers (int32); got {array.dtype}. {self._way_out}")
+    B = self.lengths_B.shape[0]
+    rows = [("page_table_BM", "B", B), ("tokens_T", "T", B) if starts is None else ("query_starts", "B + 1", B + 1)]
+    for name, axis, wanted in rows:
+      size = getattr(self, name).shape[0]
+      if size != wanted:
+        by = "the B of lengths_B" if wanted == B else f"one more than the B = {B} of lengths_B"
+        raise InputError(f"{who}: {name} must have {axis} = {wanted}, {by}; got {size}. {self._way_out}")
 
 
 @flax.struct.dataclass
@@ -33,6 +52,8 @@ class PrefillBatch(_Places):
   query_starts: jax.Array
   lengths_B: jax.Array
   page_table_BM: jax.Array
+
+  _way_out = "PrefillBatch.from_prompts makes one from lists of token ids."
 
   @classmethod
   def from_prompts(cls, prompts: Sequence[Sequence[int]], page_size: int = 64) -> "PrefillBatch":
@@ -66,6 +87,8 @@ class DecodeBatch(_Places):
   tokens_T: jax.Array
   lengths_B: jax.Array
   page_table_BM: jax.Array
+
+  _way_out = "Give each sequence one token, its length with that token, and its row of pages."
 
   @property
   def query_starts(self) -> None:

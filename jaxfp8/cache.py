@@ -68,6 +68,18 @@ class KVCache:
     """How the pool is cut over the mesh: pages over data, KV heads over kv."""
     return jax.tree.map(lambda leaf: PartitionSpec(None, DATA, KV), self)
 
+  def check(self, config: LlamaConfig, num_kv_heads: int) -> None:
+    """Raises InputError, naming the axis and both sizes, unless this is a pool for that model (K as one device holds it)."""
+    way_out = "Make it with KVCache.init(model.config, ..)."
+    for name, letters in (("k_pages", "LPKCH"), ("v_pages", "LPKHC")):
+      shape = getattr(self, name).shape
+      if len(shape) != len(letters):
+        raise InputError(f"KVCache: {name} must be [{', '.join(letters)}]; got {tuple(shape)}. {way_out}")
+      for axis, wanted in (("L", config.num_layers), ("K", num_kv_heads), ("H", config.head_dim)):
+        size = shape[letters.index(axis)]
+        if size != wanted:
+          raise InputError(f"KVCache: {name} must have {axis} = {wanted} for this model; got {axis} = {size}. {way_out}")
+
   def flatten(self) -> "KVCache":
     """[L, P, ...] -> [L * P, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self)

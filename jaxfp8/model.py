@@ -80,7 +80,12 @@ class Llama(nnx.Module):
     return list(itertools.chain.from_iterable(specs))
 
   def __call__(self, batch: PrefillBatch | DecodeBatch, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Runs the batch's tokens; returns (hidden [T, D] after the last norm, the cache with their keys and values)."""
+    """Runs the batch's tokens; returns (hidden [T, D] after the last norm, the cache with their keys and values).
+
+    Raises InputError for a batch whose arrays do not fit together and for another model's cache.
+    """
+    batch.check()
+    cache.check(self.config, self.config.num_kv_heads // (1 if self.runtime.axes is None else self.shape.kv))
     num_pages = cache.k_pages.shape[1]
     context = StepContext.of(batch, self.config)
     x, pool, layer = self.embed(batch.tokens_T), cache.flatten(), 0
