@@ -78,5 +78,5 @@ def _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_sc
   for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
     if (k_pages.dtype == jnp.float8_e4m3fn) != (scale is not None):
       raise ValueError(f"paged_attention: float8 pages need {name} and others must not have one; got {k_pages.dtype} pages.")
-    if scale is not None and scale.shape != (P, K, C):
-      raise ValueError(f"paged_attention: {name} must be float32 [P, K, C]={(P, K, C)}; got {scale.shape}.")
+    if scale is not None and (scale.shape != (P, K, C) or scale.dtype != jnp.float32):
+      raise ValueError(f"paged_attention: {name} must be float32 [P, K, C]={(P, K, C)}; got {scale.dtype} {scale.shape}.")
