@@ -48,10 +48,15 @@ _outstanding: dict[object, list] = {}  # Pallas thread -> shared memory ranges i
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Copies]:
-  """Counts the copies of what runs inside, and cleans up after an error. Raises RuntimeError at the first race."""
+def running(timeout_s: float = 60) -> Iterator[Copies]:
+  """Counts the copies of what runs inside, and cleans up after an error. Raises at the first race, and after `timeout_s`.
+
+  A kernel whose barrier nobody arrives at would wait for ever: when the time is over, all its waits fail.
+  """
   global _copies
   _copies = Copies()
+  watchdog = threading.Timer(timeout_s, _stop_waiting, (timeout_s,))
+  watchdog.start()
   try:
     with mode():
       yield _copies
@@ -59,7 +64,14 @@ def running() -> Iterator[Copies]:
     gpu_callbacks.reset_gpu_interpret_mode_state()
     raise
   finally:
+    watchdog.cancel()
     _outstanding.clear()
+
+
+def _stop_waiting(timeout_s: float) -> None:
+  memory = gpu_callbacks._shared_memory
+  if memory is not None:
+    memory.set_failed(TimeoutError(f"the kernel was not done after {timeout_s:.0f} s: a deadlock, or too large a test"))
 
 
 @contextlib.contextmanager
@@ -137,8 +149,9 @@ def _wgmma(*, token, mesh_location, thread, acc, a, b, in_registers, source_info
   left = np.asarray(a[0]) if in_registers else operand(a)
   right = operand(b)
   key, access, old = content(acc)
-  product = np.matmul(left.astype(np.float32), right.astype(np.float32))
-  memory.store_buffer_content(key, access, old + product.astype(old.dtype), thread, logging_info=logging_info)
+  # In float64, whose rounding does not show: numpy adds float32 in an order that depends on the number of columns.
+  product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+  memory.store_buffer_content(key, access, (old + product).astype(old.dtype), thread, logging_info=logging_info)
   return token
 
 

@@ -122,8 +122,8 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
           plgpu.copy_gmem_to_smem(scale_gmem[1].at[page, head], scale_smem[1].at[slot, tokens], k_barrier.at[slot])
 
     plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem, q_barrier)
-    for i in range(tiling.stages):
-      pl.when(first + i < last)(lambda i=i: load(page_ids(first + i), i))
+    for i, ids in enumerate([page_ids(first + i) for i in range(tiling.stages)]):
+      pl.when(first + i < last)(functools.partial(load, ids, i))
     plgpu.copy_gmem_to_smem(limits_gmem.at[tile], limits_smem, q_barrier)
     factor = factor_gmem[tile, head]
     shape = (ROWS, columns)

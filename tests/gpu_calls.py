@@ -1,0 +1,143 @@
+"""Random calls of the GPU kernels, their truth, and runs of them in interpret mode."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Target, interpret
+from pallas_kernels.fp8_matmul import reference as matmul_reference
+from pallas_kernels.fp8_matmul import tiling as matmul_tiling
+from pallas_kernels.paged_attention import reference as attention_reference
+from pallas_kernels.paged_attention import tiling as attention_tiling
+
+FP8, BF16, F32 = jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32
+GPU = Target("cuda", (9, 0), 2)  # an H100 with two SMs: every CTA costs milliseconds here
+
+
+def to_float8(x):
+  """(e4m3 values, float32 scale) of each vector along the last axis."""
+  amax = np.max(np.abs(x), axis=-1)
+  scale = np.where(amax > 0, amax / 448, 1.0).astype(np.float32)
+  return np.clip(x / scale[..., None], -448, 448).astype(FP8), scale
+
+
+def in_one_program(function, *arguments):
+  """function(*arguments) as one compiled program, where op by op each would be one; None stays None."""
+  arguments = jax.tree.map(jnp.asarray, arguments)
+  return jax.jit(function)(*arguments)
+
+
+def relative(got, want) -> float:
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert np.isfinite(got).all()
+  return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+  form: str
+  T: int
+  F: int
+  D: int
+  block_rows: int = 0
+  x_size: float = 1.0
+  static: bool = False
+
+  def __str__(self):
+    block = f"-block{self.block_rows}" if self.block_rows else ""
+    return f"{self.form}-T{self.T}-F{self.F}-D{self.D}{block}"
+
+  def arrays(self):
+    """x, w, w_scale, x_scale; scales spread over a factor of about a thousand."""
+    rng = np.random.default_rng(self.T * 31 + self.F * 7 + self.D)
+    x = rng.normal(size=(self.T, self.D)) * self.x_size
+    w = rng.normal(size=(self.F, self.D))
+    if self.form == "bf16":
+      return x.astype(BF16), w.astype(BF16), None, None
+    w_scale = (self.F // self.block_rows, -(-self.D // 128)) if self.block_rows else (self.F,)
+    w_scale = np.exp(1.5 * rng.normal(size=w_scale)).astype(np.float32)
+    w = np.clip(w * 100, -448, 448).astype(FP8)
+    if self.form == "w8a16":
+      return x.astype(BF16), w, w_scale, None
+    x_scale = np.asarray(np.exp(1.5 * rng.normal(size=() if self.static else (self.T,))), np.float32)
+    return np.clip(x * 100, -448, 448).astype(FP8), w, w_scale, x_scale
+
+  def truth(self):
+    return in_one_program(functools.partial(matmul_reference.fp8_matmul, out_dtype=F32), *self.arrays())
+
+  def cost(self) -> int:
+    form = matmul_tiling.form_of(*self.arrays()[:3])
+    return matmul_tiling.cost(self.T, self.F, self.D, form, GPU)[0]
+
+  def run(self, kernels):
+    return self.run_on(kernels, *self.arrays())
+
+  def run_on(self, kernels, *arrays):
+    with interpret.running() as copies:
+      y = np.asarray(in_one_program(functools.partial(kernels.fp8_matmul, out_dtype=F32, target=GPU), *arrays))
+    return y, copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """counts: query tokens of each sequence, None for decode. spread: of the logarithm of V's norms from token to token."""
+
+  pages: str
+  lengths: tuple[int, ...]
+  counts: tuple[int, ...] | None = None
+  N: int = 4
+  K: int = 2
+  H: int = 64
+  C: int = 64
+  spread: float = 0.0
+  v_size: float = 1.0
+
+  def __str__(self):
+    kind = "decode" if self.counts is None else "prefill"
+    return f"{kind}-{self.pages}-N{self.N}-K{self.K}-H{self.H}-C{self.C}-{'_'.join(map(str, self.lengths))}"
+
+  @property
+  def M(self) -> int:
+    return max(-(-length // self.C) for length in self.lengths)
+
+  def arrays(self):
+    B, M = len(self.lengths), self.M
+    P = B * M + 3
+    rng = np.random.default_rng(sum(self.lengths))
+    T = B if self.counts is None else sum(self.counts) + 2  # two rows of padding
+    q = (2 * rng.normal(size=(T, self.N, self.H))).astype(BF16)
+    k = rng.normal(size=(P, self.K, self.C, self.H))
+    v = rng.normal(size=(P, self.K, self.C, self.H)) * self.v_size
+    v = v * np.exp(self.spread * rng.normal(size=(P, self.K, self.C, 1)))
+    if self.pages == "fp8":
+      (k, k_scale), (v, v_scale) = to_float8(k), to_float8(v)
+    else:
+      k, v, k_scale, v_scale = k.astype(BF16), v.astype(BF16), None, None
+    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    starts = None if self.counts is None else np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
+    arrays = q, k, np.swapaxes(v, 2, 3), table, starts, np.asarray(self.lengths, np.int32)
+    return arrays, {"k_scale": k_scale, "v_scale": v_scale}
+
+  def truth(self):
+    (q, *rest), scales = self.arrays()
+    return in_one_program(
+      lambda args, scales: attention_reference.paged_attention(*args, **scales), (q.astype(F32), *rest), scales
+    )
+
+  def cost(self) -> int:
+    """Decode only."""
+    (q, k, *_), _ = self.arrays()
+    sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
+    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, GPU)
+    return attention_tiling.cost(self.lengths, self.H, self.K, self.C, tiling, k.dtype)[0]
+
+  def run(self, kernels, timeout_s=60):
+    def call(arrays, scales):
+      return kernels.paged_attention(*arrays, **scales, target=GPU).astype(F32)
+
+    with interpret.running(timeout_s) as copies:
+      y = np.asarray(in_one_program(call, *self.arrays()))
+    return y, copies
