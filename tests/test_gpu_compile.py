@@ -1,0 +1,117 @@
+"""Every kernel and regime compiled for GPUs that are not here: no spills, the right instructions, enough bytes in flight.
+
+One child process a device compiles everything (see jaxfp8/deviceless.py). Without the `cuda` extra the tests are skipped; where
+CI=true that is a failure, so that they cannot be lost unnoticed.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxfp8 import deviceless
+from jaxfp8.devices import load_device
+from jaxfp8.errors import InputError
+from pallas_kernels.cases import CASES, MatmulCase
+
+DEVICES = ("h100", "h200")
+LATENCY_SECONDS = 700e-9
+LEAST_IN_FLIGHT = 32 * 1024
+MISSING = 'the CUDA compiler is not installed: pip install "jaxfp8[cuda]"'
+
+
+@functools.cache
+def compiled(device):
+  if not deviceless.have_compiler():
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(MISSING)
+  return deviceless.compile_cases(device, [case.name for case in CASES])
+
+
+def report_of(device, case) -> deviceless.KernelReport:
+  result = compiled(device)[case.name]
+  assert not isinstance(result, str), result
+  assert len(result) == 1, "one call is one kernel"
+  return result[0]
+
+
+each = pytest.mark.parametrize(
+  ("device", "case"), [(device, case) for device in DEVICES for case in CASES], ids=lambda x: getattr(x, "name", x)
+)
+  ("device", "case"), [(d, c) for d in DEVICES for c in CASES], ids=lambda x: getattr(x, "name", x)
+)
+
+
+@each
+@pytest.mark.timeout(900)
+def test_no_spills_and_within_limits(device, case):
+  report, spec = report_of(device, case), load_device(device)
+  assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+  assert not report.count("LDL|STL")
+  assert report.warnings == ()  # a C75xx here would say that wgmma was serialized
+  assert report.target == "sm_90a"
+  assert report.smem_bytes <= spec.shared_memory_per_block_bytes
+  assert report.ctas_per_sm(spec) >= 1
+
+
+@each
+def test_instructions(device, case):
+  report = report_of(device, case)
+  assert not report.count("HMMA|QMMA|IMMA"), "the tensor cores of older GPUs"
+  assert report.count("UTMALDG") >= 2
+  assert not report.count(r"LDS\.[US](8|16)"), "shared memory read in pieces"
+  if isinstance(case, MatmulCase) and case.form == "w8a8":
+    assert report.count("QGMMA")
+    assert not report.count("HGMMA")
+  else:
+    assert report.count("HGMMA")
+    assert not report.count("QGMMA")
+  widens = case.form == "w8a16" if isinstance(case, MatmulCase) else case.pages == "fp8"
+  assert bool(report.count(r"F2FP\.F16\.E4M3\.UNPACK_B")) == widens
+
+
+@each
+def test_bytes_in_flight(device, case):
+  """Little's law: bandwidth times latency, shared by the SMs; a matrix smaller than that is under way as a whole."""
+  if not case.skinny:
+    return
+  report, spec = report_of(device, case), load_device(device)
+  flight = case.flight(deviceless.kernel_target(spec))
+  in_flight = flight.per_sm(report.ctas_per_sm(spec), spec.num_sms)
+  needed = max(LEAST_IN_FLIGHT, spec.bandwidth * LATENCY_SECONDS / spec.num_sms)
+  whole = case.F * case.D / spec.num_sms if isinstance(case, MatmulCase) else float("inf")
+  assert in_flight >= min(needed, whole)
+
+
+def test_an_abort_loses_only_its_own_case(monkeypatch):
+  """A child that dies in the second case: the first and third still have reports, the second its last words."""
+  runs = []
+
+  def child(device, names, timeout_s):
+    runs.append(tuple(names))
+    return {name: [] for name in names[: names.index("b")]} if "b" in names and len(names) > 1 else _alone(names[0])
+
+  def _alone(name):
+    return {"b": "LLVM ERROR"} if name == "b" else {name: []}
+
+  monkeypatch.setattr(deviceless, "_child", child)
+  assert deviceless.compile_cases("h100", ["a", "b", "c"]) == {"a": [], "b": "LLVM ERROR", "c": []}
+  assert runs == [("a", "b", "c"), ("b",), ("c",)]
+
+
+def test_no_gpu_no_target():
+  with pytest.raises(InputError, match="none"):
+    deviceless.target_config(load_device("cpu"))
+
+
+def test_a_program_over_eight_devices_compiles():
+  """Not a kernel: the mesh, the sharding and one all-reduce."""
+  if not deviceless.have_compiler():
+    pytest.skip(MISSING)
+  spec = load_device("h100")
+  mesh = deviceless.make_mesh(spec, (1, 8), ("data", "kv"))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("kv"))
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding)
+  program = deviceless.compile_for(lambda x: jnp.sum(x, axis=0), (x,), spec, mesh=mesh)
+  assert "all-reduce" in program.as_text()
