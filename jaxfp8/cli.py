@@ -86,7 +86,8 @@ def _run_interruptibly(main: Callable[[list[str]], int | None], arguments: list[
   previous = signal.signal(signal.SIGTERM, lambda *_: _stop(TERMINATED))
   try:
     thread.start()
-    thread.join()
+    while thread.is_alive():
+      thread.join(0.1)  # not for ever: another thread may be the one that the system interrupts
   except KeyboardInterrupt:
     _stop(INTERRUPTED)
   finally:

@@ -15,7 +15,6 @@ from jaxfp8.checkpoint_folder import is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.engine import sizes_up_to
 from jaxfp8.errors import InputError
-from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.progress import Progress
 from jaxfp8.steps import Limits
@@ -93,7 +92,7 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
 
 def _check_source(source: readers.Source, wishes: Wishes) -> None:
   """What would be refused after the conversion is refused before it."""
-  MeshShape.for_model(source.config, wishes.tensor, wishes.data)
+  checkpoint.make_mesh(source.config, wishes.tensor, wishes.data)
   if wishes.needs_tokenizer:
     Tokenizer(source.tokenizer)
 
