@@ -1,9 +1,11 @@
 """float8 numbers: `QArray` and the quantizers. Plain maths on arrays; refuses to know models and kernels.
 
-Three traps, stated here once:
+Four traps, stated here once:
   - `astype(float8_e4m3fn)` does not saturate (465 and above become NaN), so values are clipped to +-448 first.
   - Test dtypes with `jnp.issubdtype` or `==`; a float8 array is no instance of anything useful.
   - A row of zeros has scale 1, not 0: nothing may divide by it.
+  - XLA compiles `x / 448` as a product with float32(1 / 448), which rounds otherwise; written as that product, a scale
+    has the same bits in a compiled program as outside.
 """
 
 import flax.struct
@@ -24,7 +26,8 @@ class QArray:
   """value ~= qvalue * scale. The scale always multiplies and is always float32.
 
   qvalue: float8_e4m3fn [..., F, D].
-  scale: float32 [..., F], one per output channel, or [..., F / R, ceil(D / 128)], one per block of R rows.
+  scale: float32 [..., F], one per output channel, or [..., ceil(F / R), ceil(D / 128)], one per block of R rows and 128
+    columns, where R is a power of two: 128 from `quantize`, less in a model's merged weights.
   """
 
   qvalue: jax.Array
@@ -60,7 +63,9 @@ def dequantize(q: QArray) -> jax.Array:
   if scale.ndim == 1:
     return q.qvalue.astype(jnp.float32) * scale[:, None]
   F, D = q.qvalue.shape
-  scale = jnp.repeat(jnp.repeat(scale, -(-F // scale.shape[0]), axis=0)[:F], BLOCK, axis=1)[:, :D]
+  per_row = -(-F // scale.shape[0])
+  rows = 1 << (per_row - 1).bit_length()  # the last block may be ragged: 130 rows with two scales are 128 and 2
+  scale = jnp.repeat(jnp.repeat(scale, rows, axis=0)[:F], BLOCK, axis=1)[:, :D]
   return q.qvalue.astype(jnp.float32) * scale
 
 
@@ -78,8 +83,8 @@ _TINY = 2.0**-100  # below this a scale would be subnormal, which hardware flush
 
 
 def scale_of(amax: jax.Array) -> jax.Array:
-  """float32 amax / 448, and 1 where amax is (next to) 0."""
-  return jnp.where(amax > _TINY, amax / MAX, 1.0).astype(jnp.float32)
+  """float32 amax * float32(1 / 448), and 1 where amax is (next to) 0."""
+  return jnp.where(amax > _TINY, amax * (1 / MAX), 1.0).astype(jnp.float32)
 
 
 def to_float8(x: jax.Array) -> jax.Array:

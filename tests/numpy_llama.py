@@ -65,9 +65,9 @@ def to_float8(x: np.ndarray, scale) -> np.ndarray:
 
 
 def scale_of(x: np.ndarray, axis) -> np.ndarray:
-  """amax / 448 in float32, 1 where everything is zero; the reduced axes stay with size 1."""
+  """amax * float32(1 / 448), 1 where everything is zero; the reduced axes stay with size 1."""
   amax = np.max(np.abs(x.astype(np.float32)), axis=axis, keepdims=True)
-  return np.where(amax == 0, np.float32(1), amax / np.float32(448)).astype(np.float32)
+  return np.where(amax == 0, np.float32(1), amax * np.float32(1 / 448)).astype(np.float32)
 
 
 def fake_quantize(x: np.ndarray, axis) -> np.ndarray:

@@ -213,6 +213,7 @@ class TestRules:
       ((X, W8, SCALE[:5]), "w_scale must be float32"),
       ((X, W8, SCALE.astype(ml_dtypes.bfloat16)), "w_scale must be float32"),
       ((X, W8, np.ones((4, 1), np.float32)), "w_scale must be float32"),
+      ((X, W8, np.ones((2, 1), np.float32)), "R a power of two"),
       ((X, W8, np.ones((3, 2), np.float32)), "w_scale must be float32"),
       ((X, W8, np.float32(1)), "Expand a per-tensor scale"),
     ],

@@ -26,8 +26,8 @@ def fp8_matmul(
   Args:
     x_TD: activations, bf16 or f32; float8_e4m3fn with `x_scale` (W8A8).
     w_FD: weights, float8_e4m3fn with `w_scale`, or bf16 / f32 without.
-    w_scale: float32, [F] per output channel, or [F / R, ceil(D / 128)] per block of R rows and 128 columns, where R
-      divides F (128 for ordinary linears, less where a head is smaller than a block).
+    w_scale: float32, [F] per output channel, or [F / R, ceil(D / 128)] per block of R rows and 128 columns, where R is a
+      power of two that divides F (128 for ordinary linears, less where a head is smaller than a block).
     x_scale: float32, [T] per token or [] for a static scale; only with float8 activations.
     implementation: "auto", or the name of a file in this folder.
     target: what the program is compiled for; None means the default device.
@@ -81,9 +81,15 @@ def _check_w_scale(w_FD, w_scale):
   F, D = w_FD.shape
   blocks = -(-D // BLOCK)
   per_channel = w_scale.shape == (F,)
-  per_block = w_scale.ndim == 2 and w_scale.shape[0] and F % w_scale.shape[0] == 0 and w_scale.shape[1] == blocks
+  per_block = w_scale.ndim == 2 and w_scale.shape[1] == blocks and _divides_into_blocks(F, w_scale.shape[0])
   if w_scale.dtype != jnp.float32 or not (per_channel or per_block):
     raise ValueError(
-      f"fp8_matmul: w_scale must be float32 [F={F}] or [F / R, ceil(D / {BLOCK})={blocks}]; got {w_scale.dtype} "
-      f"{w_scale.shape}. Expand a per-tensor scale to one per channel (exact)."
+      f"fp8_matmul: w_scale must be float32 [F={F}] or [F / R, ceil(D / {BLOCK})={blocks}] with R a power of two that divides "
+      f"F; got {w_scale.dtype} {w_scale.shape}. Expand a per-tensor scale to one per channel, and the scales of ragged blocks "
+      "to smaller ones (both exact)."
     )
+
+
+def _divides_into_blocks(F: int, rows: int) -> bool:
+  """Powers of two only: 130 rows with two scales are a block of 128 and a ragged one of 2, not two of 65."""
+  return rows == 1 or (rows > 0 and F % rows == 0 and (F // rows).bit_count() == 1)
