@@ -112,11 +112,19 @@ class Attention:
     k = rng.normal(size=(P, self.K, self.C, self.H))
     v = rng.normal(size=(P, self.K, self.C, self.H)) * self.v_size
     v = v * np.exp(self.spread * rng.normal(size=(P, self.K, self.C, 1)))
+    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    written = np.zeros((P, self.C), bool)
+    for row, length in zip(table, self.lengths, strict=True):
+      written[row] = np.arange(M * self.C).reshape(M, self.C) < length
     if self.pages == "fp8":
       (k, k_scale), (v, v_scale) = to_float8(k), to_float8(v)
+      # Places that nothing was written to are zeros, scales too, as in a new pool.
+      k_scale, v_scale = (np.where(written[:, None], scale, np.float32(0)) for scale in (k_scale, v_scale))
+      k, v = (np.where(written[:, None, :, None], x, FP8(0)) for x in (k, v))
     else:
-      k, v, k_scale, v_scale = k.astype(BF16), v.astype(BF16), None, None
-    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+      # And here they are what another sequence left: finite, and large enough to be noticed.
+      k, v = (np.where(written[:, None, :, None], x, 1e3).astype(BF16) for x in (k, v))
+      k_scale = v_scale = None
     starts = None if self.counts is None else np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
     arrays = q, k, np.swapaxes(v, 2, 3), table, starts, np.asarray(self.lengths, np.int32)
     return arrays, {"k_scale": k_scale, "v_scale": v_scale}

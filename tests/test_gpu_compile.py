@@ -39,8 +39,6 @@ def report_of(device, case) -> deviceless.KernelReport:
 each = pytest.mark.parametrize(
   ("device", "case"), [(device, case) for device in DEVICES for case in CASES], ids=lambda x: getattr(x, "name", x)
 )
-  ("device", "case"), [(d, c) for d in DEVICES for c in CASES], ids=lambda x: getattr(x, "name", x)
-)
 
 
 @each

@@ -37,6 +37,7 @@ from pallas_kernels.paged_attention.tiling import ROWS, Tiles, Tiling, choose_ti
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
 _MASKED = -2e30
 _TINY = 2.0**-126
+_LEAST_SCALE = 2.0**-120  # a place in a page that nothing was written to has scale 0
 _LAYOUT = plgpu.Layout.WGMMA
 
 
@@ -173,6 +174,7 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
         s = scores(k_smem.at[slot, tokens]) * factor
         if widen:
           k_scale, v_scale = (plgpu.load(ref.at[slot, tokens], layout=_LAYOUT.reduce(1)) for ref in scale_smem)
+          v_scale = jnp.maximum(v_scale, _LEAST_SCALE)
           s = s * over_rows(k_scale) + over_rows(jnp.log2(v_scale))
           v_scales.append(v_scale)
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * ROWS)
