@@ -96,7 +96,10 @@ class Tokenizer:
 
   def _special_id(self, name: str) -> int | None:
     text = self._files.special_tokens.get(name)
-    return None if text is None else self._tokenizer.token_to_id(text)
+    try:
+      return None if text is None else self._tokenizer.token_to_id(text)
+    except UnicodeEncodeError as error:
+      raise InputError(f"tokenizer: {name} must be Unicode; got {text!r}. Fetch tokenizer_config.json again.") from error
 
 
 class TextStream:

@@ -45,8 +45,9 @@ def write_gguf(path: pathlib.Path, config, weights, kind: _Type, *, extra=None, 
     writer.add_rope_scaling_factor(config.rope.factor)
   writer.add_bos_token_id(config.bos_id)
   writer.add_eos_token_id(config.eos_ids[0])
+  add = {int: writer.add_uint16, str: writer.add_string, list: writer.add_array}
   for key, value in (metadata or {}).items():
-    writer.add_uint16(key, value) if isinstance(value, int) else writer.add_string(key, value)
+    add[type(value)](key, value)
   for name, weight in weights.items():
     if name.endswith(("q_proj.weight", "k_proj.weight")):
       weight = permute(weight, config.num_heads if "q_proj" in name else config.num_kv_heads)

@@ -223,11 +223,11 @@ def _rope_from_gguf(metadata: Mapping[str, Any], head_dim: int, rope_factors: np
 
 def _match_llama3(theta: float, head_dim: int, rope_factors: np.ndarray) -> RopeConfig:
   """GGUF keeps llama3's scaling only as divisors of each frequency: find the published parameters that give them."""
+  if rope_factors.shape != (head_dim // 2,):  # before anything as long as head_dim is made
+    raise refuse_model(f"rope_freqs.weight for heads of {head_dim}, of shape", rope_factors.shape)
   plain = RopeConfig(theta=theta).inverse_frequencies(head_dim)
   for factor in (8.0, 32.0, 16.0, 4.0):
     rope = RopeConfig(theta=theta, type="llama3", factor=factor)
-    if np.shape(rope_factors) == plain.shape and np.allclose(
-      plain / rope.inverse_frequencies(head_dim), rope_factors, rtol=1e-4
-    ):
+    if np.allclose(plain / rope.inverse_frequencies(head_dim), rope_factors, rtol=1e-4):
       return rope
   raise refuse_model("rope_freqs.weight that no published llama3 scaling gives, up to", float(np.max(rope_factors)))

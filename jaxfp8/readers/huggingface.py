@@ -9,6 +9,7 @@ The tensors are trusted over the config: what a header says is what is there.
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -205,9 +206,10 @@ def _post_processor_adds(processor: Any, bos: str | None) -> bool:
   if not isinstance(processor, Mapping) or bos is None:
     return False
   if processor.get("type") == "Sequence":
-    return any(_post_processor_adds(inner, bos) for inner in processor.get("processors", ()))
-  first = (processor.get("single") or [{}])[0]
-  return isinstance(first, Mapping) and first.get("SpecialToken", {}).get("id") == bos
+    return any(_post_processor_adds(inner, bos) for inner in _as_list(processor.get("processors")))
+  first = next(iter(_as_list(processor.get("single"))), None)
+  special = first.get("SpecialToken") if isinstance(first, Mapping) else None
+  return isinstance(special, Mapping) and special.get("id") == bos
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     raise InputError(f"readers: {folder / _INDEX} must hold a weight_map of tensor names to shards. Fetch the index again.")
   for shard in mapping.values():
     # Names only: a path could leave the folder. (Symlinks are followed, since download caches are made of them.)
-    if not isinstance(shard, str) or "\\" in shard or pathlib.PurePosixPath(shard).name != shard or shard in ("", ".", ".."):
+    if not isinstance(shard, str) or not re.fullmatch(r"(?!\.{1,2}$)[^/\\\x00-\x1f\ud800-\udfff]{1,200}", shard):
       raise InputError(
         f"readers: shards must lie in the checkpoint's own folder; {folder / _INDEX} names {shard!r}. Fetch the index again."
       )

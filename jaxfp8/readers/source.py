@@ -87,6 +87,11 @@ def check_tensors(
 
   A head beside tied embeddings is allowed and not used. `dtypes` holds the file's own name where it is not one of `DTYPES`.
   """
+  if config.num_layers > len(shapes):  # said here, since a damaged config may ask for a billion
+    raise InputError(
+      f"readers: the config says num_layers={config.num_layers}, and {path} holds {len(shapes)} tensors. "
+      "Use the config that belongs to these weights."
+    )
   expected = expected_tensors(config)
   missing = [name for name in expected if name not in shapes]
   if missing == [HEAD]:
