@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,7 +75,10 @@ def run(package: str, operation: str, implementation: str, target: Target, *args
   for name in names:
     try:
       _require(operation, name, target)
-      result = _function(package, operation, name)(*args, target=target, **kwargs)
+      function = functools.partial(_function(package, operation, name), target=target)
+      if name in _NEEDS:
+        function = _without_derivative(operation, name, function)
+      result = function(*args, **kwargs)
     except NotImplementedError as refusal:
       refusals.append(f"{name}: {refusal}")
       continue
@@ -90,6 +94,23 @@ def _require(operation: str, name: str, target: Target) -> None:
   if name in _NEEDS and target.capability not in _NEEDS[name]:
     needed = ", ".join(f"{major}.{minor}" for major, minor in _NEEDS[name])
     raise NotImplementedError(f"{name} needs a GPU of compute capability {needed}; the target is {target}")
+
+
+def _without_derivative(operation: str, name: str, function: Callable) -> Callable:
+  """A kernel, with a sentence instead of JAX's internal error where somebody differentiates it."""
+
+  def call(*args, **kwargs):
+    arrays = {key: value for key, value in kwargs.items() if isinstance(value, jax.Array)}
+    others = {key: value for key, value in kwargs.items() if key not in arrays}
+    kernel = jax.custom_jvp(lambda args, arrays: function(*args, **arrays, **others))
+
+    @kernel.defjvp
+    def _(primals, tangents):
+      raise ValueError(f'{operation}: {name!r} has no derivative. Pass implementation="reference" to differentiate.')
+
+    return kernel(args, arrays)
+
+  return call
 
 
 def _function(package: str, operation: str, name: str):

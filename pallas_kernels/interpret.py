@@ -150,7 +150,8 @@ def _wgmma(*, token, mesh_location, thread, acc, a, b, in_registers, source_info
   right = operand(b)
   key, access, old = content(acc)
   # In float64, whose rounding does not show: numpy adds float32 in an order that depends on the number of columns.
-  product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+  with np.errstate(invalid="ignore"):  # rows that nothing was loaded into are NaN, and stay in their rows
+    product = np.matmul(left.astype(np.float64), right.astype(np.float64))
   memory.store_buffer_content(key, access, (old + product).astype(old.dtype), thread, logging_info=logging_info)
   return token
 

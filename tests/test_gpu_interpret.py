@@ -1,15 +1,23 @@
 """The Hopper kernels in GPU interpret mode against float32 truth, with races detected. No GPU, no CUDA wheels."""
 
 import dataclasses
+import functools
 
 import gpu_calls
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_calls import Attention, Matmul
 
+import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.fp8_matmul import wgmma as matmul
+from pallas_kernels.fp8_matmul import xla as matmul_xla
+from pallas_kernels.page_write import reference as page_write_reference
+from pallas_kernels.page_write import xla as page_write_xla
 from pallas_kernels.paged_attention import wgmma as attention
+from pallas_kernels.paged_attention import xla as attention_xla
 
 # Every form, T over the regimes' edges, rows and columns that no tile divides, rings that are used more than once.
 MATMULS = (
@@ -23,7 +31,7 @@ MATMULS = (
   Matmul("bf16", 1, 72, 576),
   Matmul("bf16", 48, 192, 256),
   Matmul("w8a8", 150, 264, 256),
-  Matmul("w8a16", 100, 128, 704, block_rows=64),
+  Matmul("w8a16", 100, 256, 704, block_rows=64),
   Matmul("bf16", 65, 136, 192),
 )
 DECODES = (
@@ -114,6 +122,55 @@ def test_a_deadlock_becomes_an_error():
   mutant = gpu_mutants.Mutant("waits for nobody", attention, "plgpu.Barrier(num_arrivals=2),", "plgpu.Barrier(num_arrivals=3),")
   with pytest.raises(Exception, match="not done after"):
     DECODES[1].run(mutant.load(), timeout_s=5)
+
+
+def test_a_kernel_has_no_derivative_and_says_so():
+  x, w = jnp.ones((2, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16)
+
+  def total(x, implementation):
+    return pallas_kernels.fp8_matmul(x, w, implementation=implementation, target=gpu_calls.GPU).astype(jnp.float32).sum()
+
+  with pytest.raises(ValueError, match='Pass implementation="reference"'):
+    jax.grad(total)(x, "wgmma")
+  assert jax.grad(total)(x, "reference").shape == x.shape
+
+
+def test_dispatch_says_who_runs():
+  hopper, ada = pallas_kernels.Target("cuda", (9, 0), 132), pallas_kernels.Target("cuda", (8, 9), 142)
+  assert dispatch.order("pallas_kernels.fp8_matmul", hopper) == ("wgmma", "xla")
+  assert dispatch.order("pallas_kernels.page_write", hopper) == ("xla",)
+  assert dispatch.order("pallas_kernels.paged_attention", ada) == ("xla",)
+  with pytest.raises(ValueError, match=r"wgmma needs a GPU of compute capability 9\.0"):
+    pallas_kernels.fp8_matmul(
+      jnp.ones((2, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16), implementation="wgmma", target=ada
+    )
+
+
+@pytest.mark.parametrize("call", [MATMULS[0], MATMULS[5], MATMULS[8]], ids=str)
+def test_fp8_matmul_in_plain_xla(call):
+  y = gpu_calls.in_one_program(functools.partial(matmul_xla.fp8_matmul, out_dtype=jnp.float32), *call.arrays())
+  assert gpu_calls.relative(y, call.truth()) < 5e-6
+
+
+@pytest.mark.parametrize("call", [DECODES[0], DECODES[3], PREFILLS[0], PREFILLS[2]], ids=str)
+def test_paged_attention_in_plain_xla(call):
+  arrays, scales = call.arrays()
+  y = gpu_calls.in_one_program(lambda arrays, scales: attention_xla.paged_attention(*arrays, **scales), arrays, scales)
+  assert gpu_calls.relative(y.astype(jnp.float32), call.truth()) < 8e-3  # weights in bf16
+
+
+@pytest.mark.parametrize("call", [DECODES[0], PREFILLS[0]], ids=str)
+def test_page_write_in_plain_xla(call):
+  (q, k, v, table, starts, lengths), _ = call.arrays()
+  new = (np.ones((q.shape[0], call.K, call.H)).astype(k.dtype),) * 2
+  written, wanted = (
+    gpu_calls.in_one_program(
+      lambda pages, new, *where, write=write: write(pages, new, (2, 3), *where), (k, v), new, table, starts, lengths
+    )
+    for write in (page_write_xla.page_write, page_write_reference.page_write)
+  )
+  for got, want in zip(written, wanted, strict=True):
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
 
 
 def test_calls_that_wgmma_cannot_do_are_left_to_others():

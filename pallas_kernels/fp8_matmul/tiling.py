@@ -78,7 +78,7 @@ def unit_of(D: int, form: Form) -> int:
 
 
 def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
-  """(bytes that TMA reads, float operations) of the kernel; scales and partial sums are less than a percent of a long row."""
+  """(bytes that TMA reads, float operations) of the kernel. Not counted: scales, and the partial sums that XLA adds up."""
   tiling = choose_tiling(T, F, D, form, target)
   tokens = -(-T // 8) * 8
   read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
