@@ -12,7 +12,6 @@ from typing import Any
 import tokenizers
 
 from jaxfp8.chat_template import ChatTemplate
-from jaxfp8.convert import read_tokenizer
 from jaxfp8.errors import InputError
 from jaxfp8.text import TokenizerFiles
 
@@ -41,6 +40,8 @@ class Tokenizer:
 
     Raises InputError where there is none.
     """
+    from jaxfp8.convert import read_tokenizer  # needs jax, which text does not
+
     files = read_tokenizer(path)
     if files is None:
       raise InputError(f"tokenizer: {path} has none, so it cannot read text. Pass a checkpoint with tokenizer.json.")
