@@ -49,28 +49,19 @@ def run_here(monkeypatch, capsys, *args: str, stdin: bytes = b"") -> Ran:
 
 
 def start(
-  *args: str, slowly=False, terminal: str | None = None, env: dict[str, str] | None = None, **popen
+  *args: str, script: str | None = None, terminal: str | None = None, env: dict[str, str] | None = None, **popen
 ) -> subprocess.Popen:
-  """The command as a process of its own, with one CPU device unless it asks for more.
+  """The command (or a script) as a process of its own, with one CPU device unless it asks for more.
 
-  slowly: each layer that it converts takes a while. terminal: the device that it runs at, as its controlling terminal.
+  terminal: the device that it runs at, as its controlling terminal.
   """
   variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (env or {})
-  command = [sys.executable, *(["-c", _SLOWLY] if slowly else ["-m", "jaxfp8.generate"]), *map(str, args)]
+  command = [sys.executable, *(["-c", script] if script else ["-m", "jaxfp8.generate"]), *map(str, args)]
   options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
   if terminal:  # the first one that the leader of a session opens becomes the controlling one
     command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
     options |= {"stdout": None, "stderr": None, "start_new_session": True}
   return subprocess.Popen(command, cwd=ROOT, env=variables, **(options | popen))
-
-
-_SLOWLY = """
-import time
-from jaxfp8 import cli, convert, generate
-read, convert._WRITE_BYTES = convert.SourceArrays.read, 0
-convert.SourceArrays.read = lambda *args: time.sleep(0.4) or read(*args)
-cli.run(generate.main, generate.FLAGS)
-"""
 
 
 def end(process: subprocess.Popen) -> Ran:
