@@ -96,7 +96,7 @@ class Attention(nnx.Module):
 
   def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
     self.qkv = build.linear(layer_format.qkv, build.qkv_shape, PartitionSpec(None, TENSOR))
-    self.o = build.linear(layer_format.o, build.o_shape, PartitionSpec(None, None, TENSOR))
+    self.o = build.linear(layer_format.o, build.o_shape, PartitionSpec(None, None, TENSOR), build.o_run)
     self.runtime = build.runtime
 
   def __call__(self, x_TD, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
@@ -169,6 +169,13 @@ class LayerBuilder:
     return (self.num_layers, self.config.d_model, self.config.num_heads * self.config.head_dim)
 
   @property
+  def o_run(self) -> int:
+    """Columns of o that stay together: a device's query heads, or those of one KV head where it has several (layout.py)."""
+    c, mesh = self.config, self.shape
+    heads = c.num_heads // mesh.tensor if mesh.group == 1 else c.group_size // mesh.group
+    return heads * c.head_dim
+
+  @property
   def gate_up_shape(self):
     return (self.num_layers, 2, self.padded.d_ff, self.config.d_model)
 
@@ -176,26 +183,28 @@ class LayerBuilder:
   def down_shape(self):
     return (self.num_layers, self.config.d_model, self.padded.d_ff)
 
-  def linear(self, dtype: str, shape: tuple[int, ...], partition: PartitionSpec) -> Linear:
+  def linear(self, dtype: str, shape: tuple[int, ...], partition: PartitionSpec, run: int | None = None) -> Linear:
+    """`run`: how many input columns stay together when they are cut; None: all that a device has."""
     value = jax.ShapeDtypeStruct(shape, DTYPES[dtype])
     if dtype != "fp8":
       return Linear(value, partition, self.runtime)
     if self.recipe.granularity == "block128":
       # Blocks of 128 rows, repeated to what divides the rows: a head or a model may be narrower than whole blocks.
       unit = math.gcd(BLOCK, shape[-2])
-      scale_shape = (*shape[:-2], shape[-2] // unit, self._block_columns(shape, partition))
+      scale_shape = (*shape[:-2], shape[-2] // unit, self._block_columns(shape, partition, run))
       scale_partition = partition
     else:
       scale_shape, scale_partition = shape[:-1], PartitionSpec(*partition[: len(shape) - 1])
     scale = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
     return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime)
 
-  def _block_columns(self, shape, partition) -> int:
+  def _block_columns(self, shape, partition, run: int | None) -> int:
     cut = len(partition) == len(shape) and self.shape.tensor > 1
-    if cut and shape[-1] // self.shape.tensor % BLOCK:
+    run = run or shape[-1] // self.shape.tensor
+    if cut and run % BLOCK:
       raise InputError(
         f"Llama: block128 scales need each device's input columns to be whole blocks; {shape[-1]} columns over "
-        f'tensor={self.shape.tensor} are not. Use granularity="channel" or another tensor.'
+        f'tensor={self.shape.tensor}, {run} at a time, are not. Use granularity="channel" or another tensor.'
       )
     return -(-shape[-1] // BLOCK)
 

@@ -160,6 +160,15 @@ def _merge_qkv(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.nd
   return by_device.reshape(shape)
 
 
+def _merge_o(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
+  """Columns in the order in which devices hold query heads: (kv, group, its KV head, its query head, row in head)."""
+  (o,) = matrices
+  K, mesh = model.config.num_kv_heads, model.shape
+  if o.ndim == 1 or mesh.group == 1:  # scales per channel; heads in their own order
+    return o
+  return o.reshape(len(o), mesh.kv, K // mesh.kv, mesh.group, -1).swapaxes(2, 3).reshape(shape)
+
+
 def _merge_gate_up(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
   return np.stack([_pad(matrix, shape[1], filler=filler) for matrix in matrices])
 
@@ -169,7 +178,7 @@ def _merge_one(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.nd
   return _pad(matrix, shape[-1], axis=matrix.ndim - 1, filler=filler)
 
 
-_MERGE = {"qkv": _merge_qkv, "o": _merge_one, "gate_up": _merge_gate_up, "down": _merge_one}
+_MERGE = {"qkv": _merge_qkv, "o": _merge_o, "gate_up": _merge_gate_up, "down": _merge_one}
 
 
 def _pad(array: np.ndarray, size: int, axis: int = 0, filler: float = 0) -> np.ndarray:

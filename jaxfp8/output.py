@@ -91,9 +91,9 @@ class StopStrings:
     if self.found:
       return ""
     self._held += text
-    ends = [place for place in (self._held.find(stop) for stop in self.stops) if place >= 0]
-    if ends:
-      self.found, certain, self._held = True, self._held[: min(ends)], ""
+    ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
+    if ends:  # the one that is complete first, so that it does not matter how the text came in pieces
+      self.found, certain, self._held = True, self._held[: min(ends)[1]], ""
       return certain
     keep = max((self._overlap(stop) for stop in self.stops), default=0)
     certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

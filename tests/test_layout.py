@@ -29,6 +29,8 @@ CONFIGS = {
   "untied": tiny_models.make_config("gqa_9_3_untied"),
   "blocks": BLOCKS,
   "whole_blocks": dataclasses.replace(BLOCKS, head_dim=128),
+  "groups": dataclasses.replace(BLOCKS, num_heads=12, num_kv_heads=4, head_dim=10),
+  "groups_of_blocks": dataclasses.replace(BLOCKS, num_heads=12, num_kv_heads=4, head_dim=128),
 }
 
 
@@ -84,10 +86,17 @@ class TestMeshes:
   """What each device holds, against the one-device arrays cut by hand."""
 
   @pytest.mark.parametrize(
-    ("config", "recipe", "tensor"), [("untied", "channel", 3), ("blocks", "tensor", 4), ("whole_blocks", "block128", 2)]
+    ("config", "recipe", "tensor"),
+    [
+      ("untied", "channel", 3),
+      ("blocks", "tensor", 4),
+      ("whole_blocks", "block128", 2),
+      ("groups", "channel", 6),
+      ("groups_of_blocks", "block128", 6),
+    ],
   )
   def test_devices_hold_their_parts(self, config, recipe, tensor):
-    """tensor=3 is kv=3; tensor=4 of two KV heads is kv=2, group=2, where K and V are replicated."""
+    """kv = 3; kv = 2 with group = 2; kv = 2; and kv = 2 with group = 3, where a device has some queries of two KV heads."""
     one = model_of(config, recipe)
     mesh = checkpoint.make_mesh(CONFIGS[config], tensor)
     kv, group = mesh.shape["kv"], mesh.shape["group"]
@@ -116,6 +125,15 @@ class TestMeshes:
 
       return part
 
+    def o_part(x, width):
+      """The columns of a device's query heads: G of each of its KV heads, `width` columns a head."""
+
+      def part(i, j):
+        own = [k * c.group_size + j * G + g for k in range(i * heads, (i + 1) * heads) for g in range(G)]
+        return np.concatenate([x[..., head * width : (head + 1) * width] for head in own], axis=-1)
+
+      return part
+
     def column_part(x, size, filler=0):
       x = padded(x, -1, size * tensor, filler)
       return lambda i, j: x[..., (i * group + j) * size : (i * group + j + 1) * size]
@@ -136,12 +154,11 @@ class TestMeshes:
     F = many.segments[0].mlp.down.weight.get_value().qvalue.shape[-1] // tensor
     check(values["qkv"][1].qvalue, qkv_part(values["qkv"][0].qvalue))
     check(values["qkv"][1].scale, qkv_part(values["qkv"][0].scale))
-    # Columns of o are heads: (kv head, query head of it, H), so that a device's columns are those of its query heads.
-    check(values["o"][1].qvalue, column_part(values["o"][0].qvalue, c.num_heads * c.head_dim // tensor))
+    check(values["o"][1].qvalue, o_part(values["o"][0].qvalue, c.head_dim))
     check(values["gate_up"][1].qvalue, row_part(values["gate_up"][0].qvalue[:, :, : c.d_ff], F))
     check(values["down"][1].qvalue, column_part(values["down"][0].qvalue[..., : c.d_ff], F))
     if recipe == "block128":
-      check(values["o"][1].scale, column_part(values["o"][0].scale, c.num_heads * c.head_dim // 128 // tensor))
+      check(values["o"][1].scale, o_part(values["o"][0].scale, c.head_dim // 128))
       check(values["gate_up"][1].scale, row_part(values["gate_up"][0].scale, F // 128, 1))
       check(values["down"][1].scale, column_part(values["down"][0].scale, F // 128, 1))
     else:

@@ -86,6 +86,9 @@ def simulate(jobs: list[Job], *, num_shards=1, **sizes) -> tuple[Spy, list[StepP
       sequences[index] = scheduler.add(index, prompt, job.new)
     plan = scheduler.schedule()
     scheduler.check_integrity()
+    if num_shards == 1:
+      waiting = [(jobs[s.request_id].arrives, s.request_id) for s in scheduler.waiting]
+      assert waiting == sorted(waiting), "who was evicted comes before who has not started"
     if plan:
       check_plan(plan, scheduler, sizes)
       device.run(plan)
