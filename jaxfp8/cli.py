@@ -125,12 +125,16 @@ def choose_platform() -> None:
 
 
 def keep_compiled_programs(cache_dir: str) -> None:
-  """JAX's persistent compilation cache in `cache_dir`, for every program however small. Nothing for an empty cache_dir."""
+  """Keeps programs in `cache_dir`: on a CPU as jaxfp8.program_cache does, elsewhere by JAX's persistent compilation cache.
+
+  Only one of them may be on (program_cache says why). Nothing for an empty cache_dir.
+  """
   if not cache_dir:
     return
   import jax
 
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache_dir).expanduser() / "programs"))
+  jax.config.update("jax_enable_compilation_cache", os.environ.get("JAX_PLATFORMS") != "cpu")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,9 +1,10 @@
 """Compiled CPU programs kept between runs, ready to be called.
 
 JAX's own persistent cache saves XLA's compilation, but every start still traces and lowers the model in Python, which takes
-longer. Here the whole executable is kept, in the folder of JAX's cache (jax_compilation_cache_dir; nothing is kept where that
-is unset), under a key of everything that it depends on, this package's source included. Only for CPUs: loading a serialized
-executable on a GPU has not been verified. Like JAX's cache this is native code: who can write to the folder can run code.
+longer. Here the whole executable is kept, in jax_compilation_cache_dir, under a key of everything that it depends on, this
+package's source included. It works only while JAX's own cache is off (jax_enable_compilation_cache): a program that came out of
+that one serializes without its code, and fails when it is run. Only for CPUs: loading a serialized executable on a GPU has
+not been verified. Like JAX's cache this is native code: who can write to the folder can run code.
 """
 
 import contextlib
@@ -45,7 +46,12 @@ def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
 
 def _path(key: str, mesh: Mesh) -> pathlib.Path | None:
   folder = jax.config.jax_compilation_cache_dir
-  if not folder or any(device.platform != "cpu" for device in mesh.devices.flat) or jax.process_count() > 1:
+  if (
+    not folder
+    or jax.config.jax_enable_compilation_cache
+    or any(device.platform != "cpu" for device in mesh.devices.flat)
+    or jax.process_count() > 1
+  ):
     return None
   devices = [device.id for device in mesh.devices.flat]
   digest = hashlib.sha256(f"{_environment()} {devices} {len(jax.devices())} {key}".encode()).hexdigest()
