@@ -10,6 +10,7 @@ started before anyone has read them. Refuses to know requests, text and which se
 
 import dataclasses
 import functools
+import itertools
 import time
 
 import flax.struct
@@ -74,8 +75,11 @@ class Limits:
   """The static sizes of a run, per data shard.
 
   num_pages: pages of the KV pool. max_sequences: sequences in flight. max_pages: pages of one sequence.
-  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending.
+  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending; the last decode size
+    holds max_sequences.
   num_logprobs: most probable tokens returned with each token.
+
+  Raises InputError for sizes that are not positive or not in order.
   """
 
   num_pages: int
@@ -85,6 +89,19 @@ class Limits:
   decode_sizes: tuple[int, ...] = (2, 8, 32)
   page_size: int = DEFAULT_PAGE_SIZE
   num_logprobs: int = 0
+
+  def __post_init__(self):
+    for name in ("prefill_sizes", "decode_sizes"):
+      sizes = getattr(self, name)
+      if not sizes or sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise InputError(f"limits: {name} must be positive and ascending; got {sizes}.")
+    for name in ("num_pages", "max_sequences", "max_pages"):
+      if getattr(self, name) < 1:
+        raise InputError(f"limits: {name} must be at least 1; got {getattr(self, name)}.")
+    if self.decode_sizes[-1] < self.max_sequences:
+      raise InputError(
+        f"limits: the last of decode_sizes must hold max_sequences={self.max_sequences}; got {self.decode_sizes}. Add a size."
+      )
 
   def decode_size(self, num_sequences: int) -> int:
     return next(size for size in self.decode_sizes if size >= num_sequences)

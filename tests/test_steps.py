@@ -336,6 +336,22 @@ class TestNoCompilation:
       jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"decode_sizes": (2, 4)}, "must hold max_sequences=5"),
+    ({"decode_sizes": (8, 2)}, "positive and ascending"),
+    ({"prefill_sizes": ()}, "positive and ascending"),
+    ({"prefill_sizes": (0, 4)}, "positive and ascending"),
+    ({"max_pages": 0}, "at least 1"),
+    ({"num_pages": -1}, "at least 1"),
+  ],
+)
+def test_impossible_limits(change, message):
+  with pytest.raises(InputError, match=f"limits: .*{message}"):
+    Limits(**{"num_pages": 8, "max_sequences": 5, "max_pages": 2, "decode_sizes": (2, 8)} | change)
+
+
 def _tokens_first(pool, axis) -> np.ndarray:
   """[L, P, K, ...] with the token axis moved: [P * C, L, ...], tokens in the order of a table 0, 1, .."""
   x = np.moveaxis(np.asarray(pool), [1, axis], [0, 1])
