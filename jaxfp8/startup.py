@@ -120,8 +120,9 @@ def require_devices(count: int) -> None:
 
 
 def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:
-  """The smallest programs and pool that run these requests, each (prompt tokens, new tokens), without compiling on the way.
+  """Programs and a pool that run these requests, each (prompt tokens, new tokens), without compiling on the way.
 
+  Pages are rounded up to few different sizes, so that the next run, a little longer, finds its programs compiled.
   A pool that does not fit into memory is cut to what does, and said so: sequences then wait or are computed again.
   """
   shards = mesh.devices.shape[0]
@@ -137,13 +138,18 @@ def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num
   else:
     prefill_sizes = sizes_up_to(min(chunk, sum(prompt for prompt, _ in lengths)), Limits.prefill_sizes)
   return Limits(
-    num_pages=_affordable(model, mesh, sum(pages[: in_flight * shards : shards]), pages[0]),
+    num_pages=_affordable(model, mesh, _rounded(sum(pages[: in_flight * shards : shards])), pages[0]),
     max_sequences=in_flight,
-    max_pages=pages[0],
+    max_pages=min(_rounded(pages[0]), -(-context // cache.DEFAULT_PAGE_SIZE)),
     prefill_sizes=prefill_sizes,
     decode_sizes=sizes_up_to(in_flight, Limits.decode_sizes),
     num_logprobs=num_logprobs,
   )
+
+
+def _rounded(pages: int) -> int:
+  """8, 16, 32 or 64 pages, then multiples of 64."""
+  return max(8, 1 << (pages - 1).bit_length()) if pages <= 64 else -(-pages // 64) * 64
 
 
 def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
