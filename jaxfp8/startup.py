@@ -138,7 +138,7 @@ def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num
   else:
     prefill_sizes = sizes_up_to(min(chunk, sum(prompt for prompt, _ in lengths)), Limits.prefill_sizes)
   return Limits(
-    num_pages=_affordable(model, mesh, _rounded(sum(pages[: in_flight * shards : shards])), pages[0]),
+    num_pages=_affordable(model, mesh, sum(pages[: in_flight * shards : shards]), pages[0]),
     max_sequences=in_flight,
     max_pages=min(_rounded(pages[0]), -(-context // cache.DEFAULT_PAGE_SIZE)),
     prefill_sizes=prefill_sizes,
@@ -153,18 +153,20 @@ def _rounded(pages: int) -> int:
 
 
 def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
-  """`pages`, or as many as nine tenths of the free memory hold; never fewer than `least`, which the engine will refuse."""
+  """`pages` rounded up, or what nine tenths of the free memory hold; never fewer than `least`, which the engine refuses."""
   shards = mesh.devices.shape[0]
   page_bytes = cache.KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
   device = mesh.devices.flat[0]
   room = memory.free_bytes(device) * 9 // 10
   fitting = room // (page_bytes * shards) if device.platform == "cpu" else room * model.shape.kv // page_bytes
-  if pages <= fitting or fitting < least:
-    return max(pages, least) if pages <= fitting else least
-  print(
-    f"jaxfp8: memory holds {fitting} of the {pages} KV pages that all sequences together need; some will wait.", file=sys.stderr
-  )
-  return fitting
+  if fitting < least:
+    return least
+  if fitting < pages:
+    print(
+      f"jaxfp8: memory holds {fitting} of the {pages} KV pages that all sequences together need; some will wait.",
+      file=sys.stderr,
+    )
+  return min(_rounded(pages), fitting)
 
 
 def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
