@@ -74,8 +74,8 @@ class TestBitEquality:
   """On a CPU the bits of a sequence's logits do not depend on how it was cut, nor on what stood beside it."""
 
   @pytest.mark.parametrize(
-    ("case", "recipe"), [("mha_tied", "f32"), ("mha_tied", "fp8_everything"), ("gqa_5_1_llama3", "bf16")]
-    + [("wide", recipe) for recipe in RECIPES]
+    ("case", "recipe"), [("mha_tied", "f32"), ("gqa_5_1_llama3", "bf16")]
+    + [("wide", recipe) for recipe in RECIPES if recipe != "fp8_weights"]
   )  # fmt: skip
   def test_pieces(self, case, recipe):
     """Plain jit: 130 tokens at once, one by one, and in pieces of up to 65 padded to 90."""
