@@ -1,8 +1,10 @@
 """float8 numbers: `QArray` and the quantizers. Plain maths on arrays; refuses to know models and kernels.
 
-Four traps, stated here once:
+Five traps, stated here once:
   - `astype(float8_e4m3fn)` does not saturate (465 and above become NaN), so values are clipped to +-448 first.
   - Test dtypes with `jnp.issubdtype` or `==`; a float8 array is no instance of anything useful.
+  - A value is multiplied with the reciprocal of its scale: XLA turns a division by a broadcast scale into that anyway, and
+    at a tie between two float8 values the last bit decides.
   - A row of zeros has scale 1, not 0: nothing may divide by it.
   - XLA compiles `x / 448` as a product with float32(1 / 448), which rounds otherwise; written as that product, a scale
     has the same bits in a compiled program as outside.
@@ -54,7 +56,7 @@ def quantize(w_FD: jax.Array, granularity: str = "channel") -> QArray:
     return _quantize_blocks(w)
   else:
     raise InputError(f"quantize: granularity must be tensor, channel or block128; got {granularity!r}.")
-  return QArray(to_float8(w / scale[:, None]), scale)
+  return QArray(to_float8(w * (1 / scale)[:, None]), scale)
 
 
 def dequantize(q: QArray) -> jax.Array:
@@ -76,7 +78,7 @@ def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   x = x.astype(jnp.float32)
   scale = scale_of(jnp.max(jnp.abs(x), axis=-1))
-  return to_float8(x / scale[..., None]), scale
+  return to_float8(x * (1 / scale)[..., None]), scale
 
 
 _TINY = 2.0**-100  # below this a scale would be subnormal, which hardware flushes to 0
@@ -99,5 +101,5 @@ def _quantize_blocks(w: jax.Array) -> QArray:
   padded = jnp.pad(w, ((0, rows * BLOCK - F), (0, columns * BLOCK - D)))
   blocks = padded.reshape(rows, BLOCK, columns, BLOCK)
   scale = scale_of(jnp.max(jnp.abs(blocks), axis=(1, 3)))
-  q = to_float8(blocks / scale[:, None, :, None]).reshape(padded.shape)[:F, :D]
+  q = to_float8(blocks * (1 / scale)[:, None, :, None]).reshape(padded.shape)[:F, :D]
   return QArray(q, scale)
