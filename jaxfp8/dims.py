@@ -5,33 +5,11 @@ KV heads over kv, query heads over (kv, group), F and V over both. K and V are r
 exceed the number of KV heads.
 """
 
-import dataclasses
-
 import jax
-
-from jaxfp8.config import BLOCK, LlamaConfig, Recipe
-from jaxfp8.mesh import MeshShape
 
 DATA, KV, GROUP = "data", "kv", "group"
 TENSOR = (KV, GROUP)
 MESH_AXES = (DATA, KV, GROUP)
-
-
-@dataclasses.dataclass(frozen=True)
-class Padded:
-  """Sizes that padding may enlarge for a mesh and a recipe: rows of zeros, never seen outside."""
-
-  vocab_size: int
-  d_ff: int
-
-  @classmethod
-  def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape) -> "Padded":
-    unit = shape.tensor * (BLOCK if recipe.weights == "fp8" and recipe.granularity == "block128" else 1)
-    return cls(round_up(config.vocab_size, shape.tensor), round_up(config.d_ff, unit))
-
-
-def round_up(value: int, unit: int) -> int:
-  return -(-value // unit) * unit
 
 
 Axes = tuple[str, ...] | None

@@ -16,10 +16,10 @@ import pallas_kernels
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.config import BLOCK, LlamaConfig, Recipe
-from jaxfp8.dims import TENSOR, Axes, Padded, sum_over
+from jaxfp8.dims import TENSOR, Axes, sum_over
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, QArray, quantize_tokens
-from jaxfp8.mesh import MeshShape
+from jaxfp8.mesh import MeshShape, Padded
 
 
 @dataclasses.dataclass(frozen=True)

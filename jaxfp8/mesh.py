@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxfp8.config import LlamaConfig
+from jaxfp8.config import BLOCK, LlamaConfig, Recipe
 from jaxfp8.errors import InputError
 
 
@@ -48,3 +48,20 @@ def possible_tensors(config: LlamaConfig) -> tuple[int, ...]:
   """Every size of `tensor` that cuts this model's heads evenly, smallest first."""
   sizes = range(1, config.num_heads + 1)
   return tuple(size for size in sizes if config.group_size % (size // math.gcd(size, config.num_kv_heads)) == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Padded:
+  """Sizes that padding may enlarge for a mesh and a recipe: rows of zeros, never seen outside."""
+
+  vocab_size: int
+  d_ff: int
+
+  @classmethod
+  def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape) -> "Padded":
+    unit = shape.tensor * (BLOCK if recipe.weights == "fp8" and recipe.granularity == "block128" else 1)
+    return cls(round_up(config.vocab_size, shape.tensor), round_up(config.d_ff, unit))
+
+
+def round_up(value: int, unit: int) -> int:
+  return -(-value // unit) * unit

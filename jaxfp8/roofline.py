@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from jaxfp8.config import BLOCK, LlamaConfig, Recipe
 from jaxfp8.devices import DeviceSpec
 from jaxfp8.errors import InputError
-from jaxfp8.mesh import ONE_DEVICE, MeshShape
+from jaxfp8.mesh import ONE_DEVICE, MeshShape, Padded
 from jaxfp8.units import format_bytes, format_seconds, format_share
 
 ITEM_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
@@ -234,12 +234,12 @@ def _local_sizes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape) -> _Local
       f"roofline: block128 scales need whole blocks of {BLOCK} columns on each device; tensor={tensor} leaves {attention} of "
       f"{config.name}'s heads. Pass another --tensor or --granularity=channel."
     )
-  kv_heads = config.num_kv_heads // mesh.kv
+  kv_heads, padded = config.num_kv_heads // mesh.kv, Padded.of(config, recipe, mesh)
   return _LocalSizes(
     qkv_rows=kv_heads * (config.group_size // mesh.group + 2) * config.head_dim,
     attention=attention,
-    d_ff=_round_up(config.d_ff, tensor * (BLOCK if blocks else 1)) // tensor,
-    vocab=_round_up(config.vocab_size, tensor) // tensor,
+    d_ff=padded.d_ff // tensor,
+    vocab=padded.vocab_size // tensor,
   )
 
 
@@ -313,7 +313,3 @@ def _collective_seconds(cost: StepCost, device: DeviceSpec) -> float:
     wire = 2 * (hosts - 1) / hosts * cost.all_reduce_bytes / local
     seconds += wire / device.network_bandwidth + cost.num_collectives * device.network_latency_seconds
   return seconds
-
-
-def _round_up(value: int, multiple: int) -> int:
-  return -(-value // multiple) * multiple
