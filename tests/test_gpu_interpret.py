@@ -21,14 +21,17 @@ from pallas_kernels.paged_attention import xla as attention_xla
 
 # Every form, T over the regimes' edges, rows and columns that no tile divides, rings that are used more than once.
 MATMULS = (
-  Matmul("w8a8", 1, 64, 2048),
+  Matmul("w8a8", 1, 64, 2048, num_sms=16),
   Matmul("w8a8", 7, 72, 576),
+  Matmul("w8a8", 8, 192, 512, block_rows=64, static=True, num_sms=8),
   Matmul("w8a8", 17, 192, 512, block_rows=64, static=True),
   Matmul("w8a8", 64, 136, 256),
   Matmul("w8a16", 2, 64, 1024, x_size=1e6),
   Matmul("w8a16", 16, 128, 576, block_rows=128),
+  Matmul("w8a16", 5, 64, 1024, x_size=1e6, num_sms=16),
   Matmul("w8a16", 33, 256, 1152, block_rows=128),
   Matmul("bf16", 1, 72, 576),
+  Matmul("bf16", 3, 72, 512, num_sms=16),
   Matmul("bf16", 48, 192, 256),
   Matmul("w8a8", 150, 264, 256),
   Matmul("w8a16", 100, 256, 704, block_rows=64),
@@ -85,7 +88,7 @@ def test_float8_values_survive_real_scales(v_size):
 
 
 def test_skinny_rows_do_not_depend_on_the_number_of_tokens():
-  call = Matmul("w8a16", 40, 192, 1024)
+  call = Matmul("w8a16", 40, 192, 1024, num_sms=16)
   x, w, w_scale, _ = call.arrays()
   many, _ = call.run(matmul)
   few, _ = call.run_on(matmul, x[:3], w, w_scale, None)
