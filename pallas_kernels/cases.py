@@ -121,7 +121,7 @@ class AttentionCase:
     tiling = self._tiling(target)
     tiles = self.B if self.T is None else self.T // tiling.tokens
     lengths = [self.M * self.C] * tiles
-    return attention_tiling.cost(lengths, self.H, self.K, self.C, tiling, FP8 if self.pages == "fp8" else BF16)
+    return attention_tiling.cost(lengths, self.N, self.K, self.H, self.C, tiling, FP8 if self.pages == "fp8" else BF16)
 
 
 CASES = (
@@ -144,7 +144,7 @@ CASES = (
   AttentionCase("decode-fp8-pages-of-32", "fp8", None, 8, 9, 3, 64, 32, 64),
   AttentionCase("decode-fp8-pages-of-128", "fp8", None, 8, 32, 8, 128, 128, 64),
   AttentionCase("decode-fp8-128k", "fp8", None, 1, 16, 1, 128, 64, 2048),
-  AttentionCase("decode-bf16", "bf16", None, 8, 8, 1, 128, 64, 64),
+  AttentionCase("decode-bf16", "bf16", None, 8, 8, 1, 128, 64, 32),
   AttentionCase("prefill-fp8", "fp8", 512, 4, 8, 1, 128, 64, 64),
   AttentionCase("prefill-fp8-pages-of-32", "fp8", 512, 4, 9, 3, 64, 32, 64),
   AttentionCase("prefill-fp8-pages-of-128", "fp8", 512, 4, 32, 8, 128, 128, 64),

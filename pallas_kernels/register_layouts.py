@@ -8,14 +8,14 @@ from jax.experimental.mosaic.gpu import fragmented_array
 
 
 @functools.cache
-def row_layout(num_rows: int):
-  """For [num_rows, n * 32]: a warp holds a row (or every 2nd or 4th one), its 32 lanes 32 neighbours of it.
+def row_layout(num_rows: int, run: int = 1):
+  """For [num_rows, n * 32 * run]: a warp holds a row (or every 2nd or 4th one), its 32 lanes 32 runs of neighbours of it.
 
-  Rows may lie anywhere and in any order of axes, since each thread reads or writes single elements: a warp touches 32
-  consecutive ones. A row's sum needs no shared memory. Where 4 does not divide the rows, warps repeat each other's work.
+  With run = 1 rows may lie anywhere and in any order of axes, since each thread reads or writes single elements: a warp
+  touches 32 consecutive ones. A row's sum needs no shared memory. Where 4 does not divide the rows, warps repeat each other's work.
   """
   rows = math.gcd(num_rows, 4)
-  tiling = fragmented_array.Tiling(((rows, 32), (1,)))
+  tiling = fragmented_array.Tiling(((rows, 32 * run), (run,)))
   warps = (-3,) if rows > 1 else ()
   repeated = (fragmented_array.Replicated(4 // rows),) if rows < 4 else ()
   return plgpu.Layout.TILED(tiling, warp_dims=warps + repeated, lane_dims=(-2,), vector_dim=-1)

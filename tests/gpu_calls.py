@@ -150,7 +150,7 @@ class Attention:
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
     tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, GPU)
-    return attention_tiling.cost(self.lengths, self.H, self.K, self.C, tiling, k.dtype)[0]
+    return attention_tiling.cost(self.lengths, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):

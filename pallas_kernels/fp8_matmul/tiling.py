@@ -63,7 +63,7 @@ def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
   else:
     few = T <= 16
     long = 2 * unit if D % (2 * unit) == 0 else unit
-    rows = 2 * WG_ROWS if not few and F >= WG_ROWS * sms else WG_ROWS
+    rows = 2 * WG_ROWS if not few and WG_ROWS * sms <= F else WG_ROWS
     splits = _choose_splits(-(-F // WG_ROWS), D // long, sms)
     waves = -(-(-(-F // rows) * splits) // sms)
     ctas = min(waves, 3 if few else 1)  # registers: more tokens leave no room for a second CTA

@@ -60,13 +60,17 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> ja
 
 def power_of_two_scale(x):
   """bf16 [..., D] -> (float16, float32 scale [...]) with x = float16 * scale, powers of two, the largest value near 2^14."""
-  amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+  shift = shift_of(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1))
+  return (x.astype(jnp.float32) * power_of_two(shift)[..., None]).astype(jnp.float16), power_of_two(-shift)
+
+
+def shift_of(amax):
+  """The exponent of two, int32, that brings float32 `amax` near 2^14, so that what is below fits float16."""
   exponent = (lax.bitcast_convert_type(amax, jnp.int32) >> 23) - 127
-  shift = jnp.clip(14 - exponent, -126, 126)
-  return (x.astype(jnp.float32) * _power_of_two(shift)[..., None]).astype(jnp.float16), _power_of_two(-shift)
+  return jnp.clip(14 - exponent, -126, 126)
 
 
-def _power_of_two(exponent):
+def power_of_two(exponent):
   return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
