@@ -41,8 +41,8 @@ class Target:
 
 
 # Kernel files by the compute capability that they are written for. Another GPU gets a line here when it gets a file.
-_KERNELS = {(9, 0): ("wgmma",)}
-_NEEDS = {"wgmma": ((9, 0),)}
+_KERNELS = {(9, 0): ("wgmma", "mosaic")}
+_NEEDS = {"wgmma": ((9, 0),), "mosaic": ((9, 0),)}
 
 
 @functools.cache
@@ -100,7 +100,10 @@ def _without_derivative(operation: str, name: str, function: Callable) -> Callab
   """A kernel, with a sentence instead of JAX's internal error where somebody differentiates it."""
 
   def call(*args, **kwargs):
-    arrays = {key: value for key, value in kwargs.items() if isinstance(value, jax.Array)}
+    def holds_arrays(value):
+      return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+
+    arrays = {key: value for key, value in kwargs.items() if holds_arrays(value)}
     others = {key: value for key, value in kwargs.items() if key not in arrays}
     kernel = jax.custom_jvp(lambda args, arrays: function(*args, **arrays, **others))
 

@@ -12,7 +12,7 @@ def row_layout(num_rows: int, run: int = 1):
   """For [num_rows, n * 32 * run]: a warp holds a row (or every 2nd or 4th one), its 32 lanes 32 runs of neighbours of it.
 
   With run = 1 rows may lie anywhere and in any order of axes, since each thread reads or writes single elements: a warp
-  touches 32 consecutive ones. A row's sum needs no shared memory. Where 4 does not divide the rows, warps repeat each other's work.
+  touches 32 consecutive ones. A row's sum needs no shared memory. Where 4 does not divide the rows, warps repeat work.
   """
   rows = math.gcd(num_rows, 4)
   tiling = fragmented_array.Tiling(((rows, 32 * run), (run,)))
