@@ -104,6 +104,8 @@ class Attention:
   C: int = 64
   spread: float = 0.0
   v_size: float = 1.0
+  q_size: float = 2.0
+  first_page: int = 2  # where the layer's pages begin
 
   def __str__(self):
     kind = "decode" if self.counts is None else "prefill"
@@ -115,17 +117,17 @@ class Attention:
 
   def arrays(self):
     B, M = len(self.lengths), self.M
-    P = B * M + 3
+    P = self.first_page + B * M + 3
     rng = np.random.default_rng(sum(self.lengths))
     T = B if self.counts is None else sum(self.counts) + 2  # two rows of padding
-    q = (2 * rng.normal(size=(T, self.N, self.H))).astype(BF16)
+    q = (self.q_size * rng.normal(size=(T, self.N, self.H))).astype(BF16)
     k = rng.normal(size=(P, self.K, self.C, self.H))
     v = rng.normal(size=(P, self.K, self.C, self.H)) * self.v_size
     v = v * np.exp(self.spread * rng.normal(size=(P, self.K, self.C, 1)))
-    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    table = rng.permutation(P - self.first_page)[: B * M].reshape(B, M).astype(np.int32)
     written = np.zeros((P, self.C), bool)
     for row, length in zip(table, self.lengths, strict=True):
-      written[row] = np.arange(M * self.C).reshape(M, self.C) < length
+      written[self.first_page + row] = np.arange(M * self.C).reshape(M, self.C) < length
     if self.pages == "fp8":
       (k, k_scale), (v, v_scale) = to_float8(k), to_float8(v)
       # Places that nothing was written to are zeros, scales too, as in a new pool.
@@ -142,7 +144,9 @@ class Attention:
   def truth(self):
     (q, *rest), scales = self.arrays()
     return in_one_program(
-      lambda args, scales: attention_reference.paged_attention(*args, **scales), (q.astype(F32), *rest), scales
+      lambda args, scales: attention_reference.paged_attention(*args, **scales, first_page=self.first_page),
+      (q.astype(F32), *rest),
+      scales,
     )
 
   def cost(self) -> int:
@@ -154,7 +158,7 @@ class Attention:
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):
-      return kernels.paged_attention(*arrays, **scales, target=GPU).astype(F32)
+      return kernels.paged_attention(*arrays, **scales, first_page=self.first_page, target=GPU).astype(F32)
 
     with interpret.running(timeout_s) as copies:
       y = np.asarray(in_one_program(call, *self.arrays()))
