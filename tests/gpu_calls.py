@@ -106,10 +106,15 @@ class Attention:
   v_size: float = 1.0
   q_size: float = 2.0
   first_page: int = 2  # where the layer's pages begin
+  num_sms: int = 2
 
   def __str__(self):
     kind = "decode" if self.counts is None else "prefill"
     return f"{kind}-{self.pages}-N{self.N}-K{self.K}-H{self.H}-C{self.C}-{'_'.join(map(str, self.lengths))}"
+
+  @property
+  def target(self):
+    return Target("cuda", (9, 0), self.num_sms)
 
   @property
   def M(self) -> int:
@@ -153,12 +158,12 @@ class Attention:
     """Decode only."""
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
-    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, GPU)
+    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, self.target)
     return attention_tiling.cost(self.lengths, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):
-      return kernels.paged_attention(*arrays, **scales, first_page=self.first_page, target=GPU).astype(F32)
+      return kernels.paged_attention(*arrays, **scales, first_page=self.first_page, target=self.target).astype(F32)
 
     with interpret.running(timeout_s) as copies:
       y = np.asarray(in_one_program(call, *self.arrays()))

@@ -34,9 +34,6 @@ MATMUL = (
   Mutant("drops the token scale", matmul, "total = total * lax.broadcast_in_dim(per_token, total.shape, [0])", "pass"),
   Mutant("drops the static scale", matmul, "total = total * scale_gmem[-1][0]", "pass"),
   Mutant("forgets a part's token scale", matmul, ":F], channel_scale, x_scale)", ":F], channel_scale, None)"),
-  Mutant(
-    "turns a tile before it is written", matmul, "plgpu.commit_smem()\n      total = plgpu.load(turn", "total = plgpu.load(turn"
-  ),
   Mutant("drops the block scale", matmul, "product = product * block_scale(", "product + block_scale("),
   Mutant("takes the first block's scale for all columns", matmul, "lax.div(column, jnp.int32(api.BLOCK))", "jnp.int32(0)"),
   Mutant("takes the first block's scale for all rows", matmul, "jnp.minimum(block_row, last)", "jnp.int32(0)"),

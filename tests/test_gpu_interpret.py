@@ -47,6 +47,7 @@ PREFILLS = (
   Attention("fp8", (5, 0, 100), counts=(5, 0, 37), N=6, K=2),
   Attention("fp8", (140, 33), counts=(3, 33), N=4, K=1, H=128, C=128, spread=1.0),
   Attention("bf16", (70, 1, 40), counts=(1, 1, 40), N=4, K=2, C=32),
+  Attention("fp8", (10, 300), counts=(2, 3), N=2, K=1, spread=1.0, num_sms=16),
 )
 
 
