@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 
 ROWS = 64  # tokens or head channels of one wgmma
@@ -66,6 +67,26 @@ def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tupl
   limits = 0 if tiling.tokens == 1 else tiling.columns * 4  # how far each column sees
   query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + limits)
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
+
+
+def call_cost(q, pools, parts, tokens: int, lengths) -> Cost:
+  """What has to cross device memory: every sequence's pages once, however many tiles see them.
+
+  q, parts: what the kernel takes and leaves. pools: K, V and their scales if any. tokens: queries, the last of their
+  sequences, dealt evenly. lengths: tokens of each sequence.
+  """
+  _, K, _, H = pools[0].shape
+  a_token = K * (2 * H * pools[0].dtype.itemsize + (8 if len(pools) == 4 else 0))
+  queries = tokens // len(lengths)
+  attended = sum(queries * (length - queries) + queries * (queries + 1) // 2 for length in lengths)
+  heads = q.size // (H * tokens)
+  return Cost(
+    kv_read_bytes=sum(lengths) * a_token,
+    read_bytes=bytes_of(q),
+    written_bytes=bytes_of(*parts),
+    flops=4 * heads * H * attended,
+    number_format="bf16",  # float8 pages are widened to float16
+  )
 
 
 @dataclasses.dataclass(frozen=True)
