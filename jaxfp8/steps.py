@@ -161,7 +161,7 @@ class CompiledSteps:
   def traceable(self, kind: str, size: int) -> tuple[jax.stages.Wrapped, tuple]:
     """The step under jit, not yet traced, and its abstract arguments: weights, state (donated), inputs."""
     inputs = self.abstract_inputs(kind, size)
-    state = jax.eval_shape(self._empty_state)
+    state = self.abstract_state()
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
     sampled_specs = Sampled(*[PartitionSpec(DATA)] * 4)
     step = jax.shard_map(
@@ -200,6 +200,14 @@ class CompiledSteps:
     B = (shards * rows,)
     sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), jax.ShapeDtypeStruct(B, jnp.uint32))
     return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+
+  @property
+  def num_weights(self) -> int:
+    """How many of a program's arguments, the first ones, are weights."""
+    return len(self._weights)
+
+  def abstract_state(self) -> State:
+    return jax.eval_shape(self._empty_state)
 
   def _empty_state(self) -> State:
     limits = self.limits

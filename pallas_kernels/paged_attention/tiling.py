@@ -110,13 +110,13 @@ def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:
   counts = query_starts[1:] - query_starts[:-1]
   first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
   tile = jnp.arange(T // size + B)
-  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
+  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right", method="compare_all"), 0, B - 1)
   offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
   inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
   limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
   tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
   token = jnp.arange(T)
-  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
+  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all"), 0, B - 1)
   places = first_tile[owner] * size + token - query_starts[owner]
   present = token < query_starts[-1]
   return Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)
