@@ -41,6 +41,8 @@ class Question:
 
   def __post_init__(self):
     config = self.config
+    if self.device == CPU or not load_device(self.device).num_sms:
+      raise InputError(f"compile: programs are compiled for GPUs; {self.device!r} is none. Pass for example --device=h100.")
     if self.batch < 1 or self.batch % self.mesh.data:
       raise InputError(f"compile: batch must divide over data={self.mesh.data}; got {self.batch}. Pass a multiple.")
     if not 1 <= self.context <= config.max_context:
@@ -54,10 +56,9 @@ class Question:
   ) -> "Question":
     """From what flags say."""
     config = model if isinstance(model, LlamaConfig) else LlamaConfig.from_name(model)
-    spec = None if device == CPU else load_device(device)
-    if spec is None or not spec.num_sms:
-      raise InputError(f"compile: programs are compiled for GPUs; {device!r} is none. Pass for example --device=h100.")
-    recipe = Recipe(weights=weights, activations=resolve_activations(activations, weights, spec), kv=kv_cache)
+    if activations == "auto":
+      activations = resolve_activations(activations, weights, load_device(device)) if device != CPU else weights
+    recipe = Recipe(weights=weights, activations=activations, kv=kv_cache)
     return cls(config, recipe, device, MeshShape.for_model(config, tensor, data), **sizes)
 
   def to_dict(self) -> dict[str, Any]:

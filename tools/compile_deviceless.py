@@ -6,9 +6,10 @@
 
 With --model: memory, traffic beside its floor, launches and collectives a layer, CUDA graphs and the roofline of each part of a
 step, for one GPU (docs/deviceless.md says how to read it).
-Else one line a kernel and regime: registers a thread, spilled and stack bytes (both must be 0), shared memory, CTAs an SM holds,
-bytes under way to one SM beside what the device's bandwidth needs at 700 ns (Little's law), the tensor and copy instructions,
-and what one call moves and computes. Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not forecasts.
+Else one line a kernel and regime: registers a thread, spilled and stack bytes (both must be 0), shared memory, CTAs an SM
+holds, bytes under way to one SM beside what the device's bandwidth needs at 700 ns (Little's law), the tensor and copy
+instructions, and what one call moves and computes.
+Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not forecasts.
 """
 
 import json

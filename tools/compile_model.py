@@ -60,8 +60,9 @@ def heading(question: Question) -> str:
   recipe, mesh = question.recipe, question.mesh
   title = load_device(question.device).title
   return (
-    f"{question.config.name} on {mesh.num_devices} x {title} (tensor {mesh.tensor}, data {mesh.data}), {recipe.weights} weights, "
-    f"{recipe.activations} activations, {recipe.kv} KV; everything for one GPU, compiled without it. Times are floors."
+    f"{question.config.name} on {mesh.num_devices} x {title} (tensor {mesh.tensor}, data {mesh.data}), "
+    f"{recipe.weights} weights, {recipe.activations} activations, {recipe.kv} KV; "
+    "everything for one GPU, compiled without it. Times are floors."
   )
 
 

@@ -88,8 +88,9 @@ def _values(records: list[dict]) -> dict[str, str]:
 
 
 def _table(records: list[dict]) -> str:
-  columns = "program | weights read | copied | KV read | traffic / floor | temporaries | launches a layer | all-reduces a layer | graphs"
-  rows = [f"| {columns} | at least | compile |", "|---" * 11 + "|"]
+  names = "program", "weights read", "copied", "KV read", "traffic / floor", "temporaries"
+  names += "launches a layer", "all-reduces a layer", "graphs", "at least", "compile"
+  rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
   for row, record in zip(ROWS, records, strict=True):
     reduces = ", ".join(
       f"{number} {name.removeprefix('all-reduce ')}" for name, number in record["collectives_in_layer"].items()
