@@ -264,6 +264,6 @@ class StepContext:
       jnp.sin(angles),
     )
 
-  def at_layer(self, layer: jax.Array, num_pages: int) -> "StepContext":
-    """The same for one layer's pages in the flattened pool."""
-    return dataclasses.replace(self, first_page=layer * num_pages)
+  def at_page(self, first_page: jax.Array) -> "StepContext":
+    """The same for the layer whose pages in the flattened pool begin there."""
+    return dataclasses.replace(self, first_page=first_page)

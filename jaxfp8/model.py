@@ -95,11 +95,11 @@ class Llama(nnx.Module):
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        (x, y, pool), (index, weights) = unpack(carry), unpack(inputs)
-        return pack(nnx.merge(graph, weights)(x, y, pool, context.at_layer(index, num_pages))), None
+        (x, y, pool), (first_page, weights) = unpack(carry), unpack(inputs)
+        return pack(nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))), None
 
       length = segment.attention_norm.weight.get_value().shape[0]
-      carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack((layer + jnp.arange(length), stacked)))
+      carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
       x, y, pool = unpack(carry)
       layer += length
     return self.final_norm(x, y, self.output)[1], pool.unflatten(self.config.num_layers)

@@ -102,19 +102,19 @@ def _require(operation: str, name: str, target: Target) -> None:
 def _without_derivative(operation: str, name: str, function: Callable) -> Callable:
   """A kernel, with a sentence instead of JAX's internal error where somebody differentiates it."""
 
+  @jax.custom_jvp
+  def same(arrays):
+    return arrays
+
+  @same.defjvp
+  def _(primals, tangents):
+    raise ValueError(f'{operation}: {name!r} has no derivative. Pass implementation="reference" to differentiate.')
+
   def call(*args, **kwargs):
-    def holds_arrays(value):
-      return any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
-
-    arrays = {key: value for key, value in kwargs.items() if holds_arrays(value)}
-    others = {key: value for key, value in kwargs.items() if key not in arrays}
-    kernel = jax.custom_jvp(lambda args, arrays: function(*args, **arrays, **others))
-
-    @kernel.defjvp
-    def _(primals, tangents):
-      raise ValueError(f'{operation}: {name!r} has no derivative. Pass implementation="reference" to differentiate.')
-
-    return kernel(args, arrays)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = iter(same([leaf for leaf in leaves if isinstance(leaf, jax.Array)]))
+    args, kwargs = tree.unflatten([next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
+    return function(*args, **kwargs)
 
   return call
 

@@ -101,14 +101,13 @@ def rope_write(
   G = rows - 2
   if H not in (64, 128):
     raise NotImplementedError(f"mosaic's rope_write needs heads of 64 or 128; got {H}")
-  sequence_T, position_T = query_places(query_starts, lengths_B, T)
-  page_T = jnp.take_along_axis(page_table_BM[sequence_T], jnp.maximum(position_T, 0)[:, None] // C, axis=1)[:, 0]
-  place_T = jnp.where(position_T < 0, -1, position_T % C)
+  # In decode token b is the last one of sequence b, and nothing is to be computed ahead.
+  where = (lengths_B,) if query_starts is None else query_places(query_starts, lengths_B, T)
   sums = _SumReader(qkv, lambda scale: scale.reshape(K * rows, 2, half))
   static = () if static_scales is None else static_scales
 
-  def kernel(parts_gmem, cos_gmem, sin_gmem, page_gmem, place_gmem, first_gmem, *rest):
-    scales, rest = sums.split(rest)
+  def kernel(parts_gmem, cos_gmem, sin_gmem, table_gmem, first_gmem, *rest):
+    where_gmem, (scales, rest) = rest[: len(where)], sums.split(rest[len(where) :])
     static_gmem, (k_gmem, v_gmem, *scale_gmem, q_out) = rest[: len(static)], rest[len(static) :]
     token, head = lax.axis_index("token"), lax.axis_index("head")
 
@@ -132,7 +131,11 @@ def rope_write(
     q, k, v = turned(load(0, G), row_layout(G)), turned(load(G, 1), row_layout(1)), load(G + 1, 1)
     for i, x in enumerate(q):
       plgpu.store(q_out.at[token, pl.ds(head * G, G), pl.ds(i * half, half)], x, optimized=False)
-    page, place = first_gmem[0] + page_gmem[token], place_gmem[token]
+    sequence = token if query_starts is None else where_gmem[0][token]
+    position = where_gmem[-1][token] - (1 if query_starts is None else 0)  # -1: padding, or an empty place
+    present = jnp.maximum(position, 0)
+    page = first_gmem[0] + table_gmem[sequence, lax.div(present, jnp.int32(C))]
+    token_of_page = pl.ds(lax.rem(present, jnp.int32(C)), 1)
 
     def rounded(x, number):
       """(halves as the pages hold them, their scale [1] or None)."""
@@ -146,9 +149,8 @@ def rope_write(
       factor = lax.broadcast_in_dim(1 / scale, x[0].shape, [0])
       return [jnp.clip(y * factor, -MAX, MAX).astype(FLOAT8) for y in x], scale
 
-    @pl.when(place >= 0)
+    @pl.when(position >= 0)
     def _():
-      token_of_page = pl.ds(place, 1)
       for number, x in enumerate((k, v)):
         x, scale = rounded(x, number)
         for i, y in enumerate(x):
@@ -166,7 +168,7 @@ def rope_write(
     out_type=jax.ShapeDtypeStruct((T, K * G, H), dtype),
     grid=(T, K),
     grid_names=("token", "head"),
-  )(qkv.parts_STF.reshape(S, T, K * rows, 2, half), cos_TH, sin_TH, page_T, place_T, first, *sums.arrays, *static, *refs)
+  )(qkv.parts_STF.reshape(S, T, K * rows, 2, half), cos_TH, sin_TH, page_table_BM, first, *where, *sums.arrays, *static, *refs)
   return q_TNH, tuple(jax.ref.freeze(ref) for ref in refs)
 
 

@@ -93,7 +93,8 @@ def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tupl
   step = tiling.pages * C
   tokens = sum(-(-length // step) * step for length in lengths)
   rows = query_rows(tiling, N // K)
-  query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + tiling.columns * 4)  # with how far each column sees
+  limits = 0 if tiling.tokens == 1 else tiling.columns * 4  # how far each column sees
+  query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + limits)
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
 
 
@@ -110,11 +111,6 @@ class Tiles:
   def untile(self, x):
     """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
     return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
-
-
-def decode_tiles(lengths_B) -> Tiles:
-  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
-  return Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
 
 
 def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:

@@ -33,7 +33,7 @@ from jax import lax
 from pallas_kernels.dispatch import Target
 from pallas_kernels.fp8_matmul.wgmma import power_of_two, shift_of, transforms
 from pallas_kernels.paged_attention.combine import combine
-from pallas_kernels.paged_attention.tiling import ROWS, Tiling, choose_tiling, decode_tiles, prefill_tiles, query_rows
+from pallas_kernels.paged_attention.tiling import ROWS, Tiling, choose_tiling, prefill_tiles, query_rows
 from pallas_kernels.register_layouts import row_layout
 
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
@@ -63,15 +63,18 @@ def paged_attention(
   _check(q_TNH, k_pages)
   decode = query_starts is None
   tiling = choose_tiling(T, N, K, H, C, B, M, decode, k_pages.dtype, target)
-  tiles = decode_tiles(lengths_B) if decode else prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
   q = q_TNH.reshape(T, K, N // K, H)
-  if not decode:
+  if decode:
+    tiles, lengths, ragged = None, lengths_B, ()
+  else:
+    tiles = prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
     q = q[tiles.tokens].transpose(0, 2, 1, 3, 4).reshape(-1, K, tiling.tokens * N // K, H)
-  limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - q.shape[2])))
+    limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - q.shape[2])))
+    lengths, ragged = jnp.max(limits, axis=1), (limits, tiles.sequences)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, query_rows(tiling, N // K) - q.shape[2]), (0, 0)))
   scales = () if k_scale is None else (k_scale, v_scale)
-  meta = page_table_BM, tiles.sequences, jnp.max(limits, axis=1), jnp.asarray(first_page, jnp.int32).reshape(1)
-  parts = _attend(q, limits, k_pages, v_pages, *meta, scales, tiling, q_TNH.dtype)
+  table = page_table_BM, jnp.asarray(first_page, jnp.int32).reshape(1)
+  parts = _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling, q_TNH.dtype)
   if decode and (quantize or tiling.splits > 1):
     return combine(*parts, N // K, quantize=quantize, dtype=q_TNH.dtype)
   out = parts[0][:, :, 0] if tiling.splits == 1 else _joined(*parts, q_TNH.dtype)
@@ -98,9 +101,13 @@ def _check(q_TNH, k_pages):
     raise NotImplementedError(f"wgmma needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
 
 
-def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, first_page, scales, tiling: Tiling, dtype):
+def _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling: Tiling, dtype):
   """Of q [tiles, K, rows, H]: normalized parts [tiles, K, splits, rows or up to 3 more, H], float32 or, where there is one, in
-  `dtype`; and log2 of their sums [tiles, K, splits, columns]."""
+  `dtype`; and log2 of their sums [tiles, K, splits, columns].
+
+  lengths [tiles]: how many keys of its sequence a tile sees at most. ragged: nothing in decode, where tile b is sequence b and
+  all its queries see as many; in prefill how many each column sees, limits [tiles, columns], and the sequences [tiles].
+  """
   num_tiles, K, rows, H = q.shape
   rows = -(-rows // 4) * 4  # as many as warps, so that none repeats another's work
   C, columns = k_pages.shape[2], tiling.columns
@@ -112,16 +119,17 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
   p_swizzle = min(128, 2 * columns, 2 * C)
 
   def kernel(*refs):
-    q_gmem, limits_gmem, k_gmem, v_gmem, table_gmem, sequences_gmem, lengths_gmem, first_gmem, *rest = refs
-    scale_gmem, (out_gmem, sum_gmem), scratch = (
+    q_gmem, k_gmem, v_gmem, table_gmem, first_gmem, lengths_gmem, *rest = refs
+    ragged_gmem, rest = rest[: len(ragged)], rest[len(ragged) :]
+    scale_gmem, (out_gmem, sum_gmem, q_smem, k_smem, v_smem, p_smem, turn_smem, *rest) = (
       rest[: len(scales)],
-      rest[len(scales) : len(scales) + 2],
-      rest[len(scales) + 2 :],
+      rest[len(scales) :],
     )
-    *given_smem, q_smem, k_smem, v_smem, p_smem, turn_smem = scratch[: 6 if widen else 5]
-    *scale_smem, limits_smem, k_barrier, v_barrier, q_barrier = scratch[6 if widen else 5 :]
+    (k_barrier, v_barrier, q_barrier), rest = rest[:3], rest[3:]
+    given_smem, *scale_smem = rest[:3] if widen else [q_smem]
     part, head, tile = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("tile")
-    sequence, length, first_page = sequences_gmem[tile], lengths_gmem[tile], first_gmem[0]
+    sequence = ragged_gmem[1][tile] if ragged else tile
+    length, first_page = lengths_gmem[tile], first_gmem[0]
     num_pages = lax.div(length + (C - 1), jnp.int32(C))
     steps = lax.div(num_pages + (tiling.pages - 1), jnp.int32(tiling.pages))
     per_part = lax.div(steps + (tiling.splits - 1), jnp.int32(tiling.splits))
@@ -144,10 +152,12 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
           plgpu.copy_gmem_to_smem(scale_gmem[1].at[page, head], scale_smem[1].at[slot, tokens], k_barrier.at[slot])
 
     # Rows past the last are zeros from TMA: columns that nobody asks for.
-    plgpu.copy_gmem_to_smem(q_gmem.at[tile, head, pl.ds(tile * 0, columns)], given_smem[0] if widen else q_smem, q_barrier)
+    plgpu.copy_gmem_to_smem(q_gmem.at[tile, head, pl.ds(tile * 0, columns)], given_smem, q_barrier)
     for i, ids in enumerate([page_ids(first + i) for i in range(tiling.stages)]):
       pl.when(first + i < last)(functools.partial(load, ids, i))
-    plgpu.copy_gmem_to_smem(limits_gmem.at[tile], limits_smem, q_barrier)
+    if ragged:
+      limits_smem = rest[-1]
+      plgpu.copy_gmem_to_smem(ragged_gmem[0].at[tile], limits_smem, q_barrier)
     shape = (ROWS, columns)
 
     def over_columns(x):
@@ -186,7 +196,7 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
     factor = jnp.float32(math.log2(math.e) / math.sqrt(H))
     if widen:
       pairs = row_layout(columns, 2)
-      given = plgpu.load(given_smem[0], layout=pairs).astype(jnp.float32)
+      given = plgpu.load(given_smem, layout=pairs).astype(jnp.float32)
       # Bits are looked at in vectors, since Mosaic has no bitcast of a scalar.
       shift = jnp.min(shift_of(jnp.max(jnp.abs(given), axis=1)))
       up = power_of_two(plgpu.layout_cast(jnp.full(given.shape, shift, jnp.int32), pairs))
@@ -209,8 +219,8 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
           s = s * over_rows(k_scale) + over_rows(jnp.log2(v_scale))
           v_scales.append(v_scale)
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * ROWS)
-        limit = plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)
-        exponents.append(jnp.where(position < over_columns(limit), s, _MASKED))
+        limit = over_columns(plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)) if ragged else length
+        exponents.append(jnp.where(position < limit, s, _MASKED))
       new_top = functools.reduce(jnp.maximum, (t.max(axis=0) for t in exponents), top)
       shrink = jnp.exp2(top - new_top)
       total = total * (shrink if summed else over_columns(shrink))
@@ -247,17 +257,17 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
   page = k_pages.dtype
   out_dtype = jnp.float32 if tiling.splits > 1 else dtype
   scratch = [
-    *([plgpu.SMEM((columns, H), q.dtype)] if widen else []),
     plgpu.SMEM((columns, H), p_dtype, transforms=transforms(p_dtype, H)),
     plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, ROWS * page.itemsize)),
     plgpu.SMEM((stages, tiling.pages, H, C), page, transforms=transforms(page, C)),
     plgpu.SMEM((step_tokens, columns), p_dtype, transforms=transforms(p_dtype, columns, p_swizzle)),
     plgpu.SMEM((ROWS, columns), jnp.float32),
-    *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
-    plgpu.SMEM((columns,), jnp.int32),  # last: the others are aligned to 1024 bytes
     plgpu.Barrier(num_arrivals=tiling.pages * (1 + len(scales)), num_barriers=stages),
     plgpu.Barrier(num_arrivals=tiling.pages, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=2),
+    plgpu.Barrier(num_arrivals=2 if ragged else 1),
+    *([plgpu.SMEM((columns, H), q.dtype)] if widen else []),
+    *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
+    *([plgpu.SMEM((columns,), jnp.int32)] if ragged else []),  # last: the others are aligned to 1024 bytes
   ]
   return plgpu.kernel(
     kernel,
@@ -269,4 +279,4 @@ def _attend(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, firs
     grid_names=("part", "head", "tile"),
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
-  )(q, limits, k_pages, v_pages, page_table_BM, sequences, lengths, first_page, *scales)
+  )(q, k_pages, v_pages, *table, lengths, *ragged, *scales)
