@@ -27,7 +27,7 @@ from jaxfp8.dims import DATA, TENSOR
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.sampling import Sampled, SamplingBatch, sample
-from pallas_kernels import Target
+from pallas_kernels import Target, conformance
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
@@ -122,6 +122,7 @@ class CompiledSteps:
     self._graph, self._tree, weights, self._specs = _split_for_mesh(model, mesh)
     self._target = Target.of(mesh.devices.flat[0])
     self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
+    self._kernels = model.runtime.implementation not in ("xla", "reference")
     self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
     self._identity = repr((model.config, model.recipe, model.formats, model.shape, model.runtime, mesh_shape(mesh), limits))
 
@@ -134,9 +135,13 @@ class CompiledSteps:
     return jax.jit(self._empty_state, out_shardings=self._shardings(self._state_specs()))()
 
   def compile(self, kind: str, size: int) -> jax.stages.Compiled:
-    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once."""
+    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once.
+
+    On the first use of a GPU its kernels are compared with plain XLA. Raises InputError where they differ.
+    """
     if (kind, size) not in self._programs:
       start = time.perf_counter()
+      self._require_kernels()
       key = f"{kind} {size} {self._identity}"
       program = program_cache.load(key, self.mesh)
       if program is None:
@@ -145,6 +150,14 @@ class CompiledSteps:
       self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
     return self._programs[kind, size]
+
+  def _require_kernels(self) -> None:
+    if self._kernels:
+      local = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+      try:
+        conformance.require(local[0], jax.config.jax_compilation_cache_dir or "")
+      except conformance.KernelError as error:
+        raise InputError(str(error)) from error
 
   def lower(self, kind: str, size: int) -> jax.stages.Lowered:
     inputs = self.abstract_inputs(kind, size)
