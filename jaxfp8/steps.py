@@ -16,6 +16,7 @@ import time
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,7 +28,7 @@ from jaxfp8.dims import DATA, TENSOR
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.sampling import Sampled, SamplingBatch, sample
-from pallas_kernels import Target, conformance
+from pallas_kernels import Target, conformance, debug
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
@@ -145,7 +146,8 @@ class CompiledSteps:
       key = f"{kind} {size} {self._identity}"
       program = program_cache.load(key, self.mesh)
       if program is None:
-        program = self.lower(kind, size).compile()
+        with debug.unchecked():  # `run` looks at the arrays, which it has at hand
+          program = self.lower(kind, size).compile()
         program_cache.store(key, program, self.mesh)
       self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
@@ -183,9 +185,24 @@ class CompiledSteps:
     return jax.jit(step, donate_argnums=1).lower(*args)
 
   def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
-    """Donates state. Starts one step; the results are on their way when this returns."""
+    """Donates state. Starts one step; the results are on their way when this returns.
+
+    Raises ValueError under `pallas_kernels.debug_checks` for pages, lengths or query starts that cannot be.
+    """
+    if debug.checking():
+      self._check(inputs.batch)
     kind = "prefill" if isinstance(inputs.batch, PrefillBatch) else "decode"
     return self.compile(kind, inputs.batch.tokens_T.shape[0] // self.num_shards)(self._weights, state, inputs)
+
+  def _check(self, batch: PrefillBatch | DecodeBatch) -> None:
+    sizes = {"num_pages": self.limits.num_pages, "page_size": self.limits.page_size}
+
+    def cut(array):
+      return [None] * self.num_shards if array is None else np.split(np.asarray(array), self.num_shards)
+
+    for arrays in zip(*map(cut, (batch.page_table_BM, batch.lengths_B, batch.query_starts)), strict=True):
+      num_tokens = batch.tokens_T.shape[0] // self.num_shards
+      debug.require_pages(type(batch).__name__, *arrays, num_tokens=num_tokens, **sizes)
 
   def abstract_inputs(self, kind: str, size: int) -> StepInput:
     shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
