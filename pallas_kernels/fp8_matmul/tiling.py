@@ -167,6 +167,6 @@ def _choose_splits(row_tiles: int, steps: int, sms: int) -> int:
 
   def time(splits):
     waves = -(-row_tiles * splits // (3 * sms))
-    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
+    return waves * (steps // splits + 3) + splits / 4  # filling a ring and the end cost about 3 steps; a part, to be read again
 
   return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))
