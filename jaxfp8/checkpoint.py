@@ -96,18 +96,26 @@ def _grouped(parts: Iterable[layout.Part]) -> Iterator[list[layout.Part]]:
 
 
 def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
-  """The mesh ("data", "kv", "group") for this model over the first tensor * data devices.
+  """The mesh ("data", "kv", "group") for this model over tensor * data devices, equally many of every process.
 
-  Raises InputError if the heads cannot be cut so, or there are too few devices.
+  Neighbours along group, then kv, are of one process as far as they can be, so that copies of the model talk least over the
+  network. Raises InputError if the heads cannot be cut so, there are too few devices, or a process would have no part.
   """
   shape = MeshShape.for_model(config, tensor, data)
-  devices = jax.devices()
-  if shape.num_devices > len(devices):
+  by_process: dict[int, list[jax.Device]] = {}
+  for device in jax.devices():
+    by_process.setdefault(device.process_index, []).append(device)
+  share, rest = divmod(shape.num_devices, len(by_process))
+  if rest:
     raise InputError(
-      f"mesh: tensor={tensor} times data={data} needs {shape.num_devices} devices; {len(devices)} are here. Use fewer."
+      f"mesh: tensor={tensor} times data={data} must be a multiple of the {len(by_process)} processes. Use other sizes."
     )
-  grid = np.array(devices[: shape.num_devices]).reshape(shape.data, shape.kv, shape.group)
-  return Mesh(grid, MESH_AXES)
+  fewest = min(map(len, by_process.values()))
+  if share > fewest:
+    where = f"{fewest} are here" if len(by_process) == 1 else f"{len(by_process)} processes have {fewest} each"
+    raise InputError(f"mesh: tensor={tensor} times data={data} needs {shape.num_devices} devices; {where}. Use fewer.")
+  chosen = [device for process in sorted(by_process) for device in by_process[process][:share]]
+  return Mesh(np.array(chosen).reshape(shape.data, shape.kv, shape.group), MESH_AXES)
 
 
 def mesh_shape(mesh: Mesh | None) -> MeshShape:

@@ -32,3 +32,8 @@ def index_over(axes: Axes) -> jax.Array | int:
 def gather_over(x: jax.Array, axes: Axes) -> jax.Array:
   """Every device's x stacked along a new leading axis."""
   return x[None] if axes is None else jax.lax.all_gather(x, axes)
+
+
+def concatenate_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """Every device's x joined along the first axis."""
+  return x if axes is None or jax.lax.axis_size(axes) == 1 else jax.lax.all_gather(x, axes, tiled=True)
