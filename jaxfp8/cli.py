@@ -54,7 +54,7 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) 
   try:
     arguments = flag_values(sys.argv)
     if not flag_values.debug:
-      _silence_libraries()
+      silence_libraries()
     code = _run_interruptibly(main, arguments)
     sys.stdout.flush()
   except (InputError, flags.Error) as error:
@@ -119,7 +119,7 @@ def _stop(code: int) -> None:
   os._exit(code)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
   """Orbax logs a damaged checkpoint in pages, and then we say it in a sentence."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -40,6 +40,10 @@ _calls = itertools.count()  # keys of the store are written once, so every call 
 _leaving = threading.Event()
 
 
+class _FoundByAll(InputError):
+  """Raised in every process, so that nobody needs to be told."""
+
+
 def join(place: Place) -> None:
   """Meets the other processes. Call before JAX looks for devices; afterwards jax.devices() are those of all processes.
 
@@ -93,6 +97,8 @@ def together() -> Iterator[None]:
   try:
     yield
   except Exception as error:
+    if isinstance(error, _FoundByAll):
+      raise
     if isinstance(error, InputError):
       sentence = str(error)
     elif isinstance(error, jax.errors.JaxRuntimeError):
@@ -167,7 +173,7 @@ def require_same(facts: Mapping[str, Any]) -> None:
     for name in first | others:
       mine, theirs = first.get(name), others.get(name)
       if mine != theirs:
-        raise InputError(
+        raise _FoundByAll(
           f"hosts: every process must have the same {name}; process 0 has {mine!r}, process {process} has {theirs!r}. "
           "Start all of them alike."
         )

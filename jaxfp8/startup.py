@@ -1,8 +1,10 @@
 """From a path and some wishes to a model, a tokenizer and an engine's sizes: what every command does before it computes."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -77,7 +79,10 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
     recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or "channel")
     if wishes.cache_dir:
       with progress.task("Converting weights") as report:
-        path = cached_checkpoint(path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes))
+        if hosts.count() > 1:
+          path = _convert_apart(path, recipe, wishes)
+        else:
+          path = cached_checkpoint(path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes))
   config = source.config if source else read_manifest(path).config
   if hosts.count() > 1:
     hosts.require_same({"checkpoint": fingerprint(path), "recipe": dataclasses.asdict(recipe)})
@@ -90,6 +95,22 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
       model = convert.load(path, recipe, mesh=mesh, implementation=wishes.implementation)
       files = read_manifest(path).tokenizer
   return Opened(model, mesh, str(wishes.checkpoint or config.name), files)
+
+
+def _convert_apart(path: pathlib.Path, recipe: Recipe, wishes: Wishes) -> pathlib.Path:
+  """`cached_checkpoint` in a process that is none of many (conversion_child.py says why)."""
+  what = {name: getattr(wishes, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
+  what |= {"path": str(path), "recipe": dataclasses.asdict(recipe)}
+  command = [sys.executable, "-m", "jaxfp8.conversion_child", json.dumps(what)]
+  ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+  try:
+    answer = json.loads(ran.stdout.splitlines()[-1])
+  except (ValueError, IndexError) as error:
+    why = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
+    raise InputError(f"generate: converting {path} failed ({why}). Convert it on one host and pass the result.") from error
+  if "error" in answer:
+    raise InputError(answer["error"])
+  return pathlib.Path(answer["folder"])
 
 
 def _check_source(source: readers.Source, wishes: Wishes) -> None:
@@ -124,6 +145,8 @@ def require_devices(count: int) -> None:
     and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   ):
     jax.config.update("jax_num_cpu_devices", count)
+  if hosts.count() > 1:
+    jax.devices()  # waits for all processes, and one that converts weights needs devices while another may not
 
 
 def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:

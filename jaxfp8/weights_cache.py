@@ -8,6 +8,7 @@ is converted again, and what a killed process left half written is removed by th
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jaxfp8 import convert, readers
 from jaxfp8.checkpoint_folder import FORMAT_VERSION, MANIFEST, WRITING, check_files, is_checkpoint, read_manifest
@@ -47,16 +48,30 @@ def cached_checkpoint(
   name = re.sub(r"[^A-Za-z0-9._]+", "-", pathlib.Path(source_path).resolve().stem)
   kind = recipe.weights if recipe.weights != "fp8" else f"fp8-{recipe.granularity}"
   folder = cache / "checkpoints" / f"{name}-{kind}-{key[:16]}"
-  if not _is_whole(folder):
-    source = readers.open_source(source_path)
-    check(source)
-    _remove_stale(folder)
-    try:
-      convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
-    except InputError:
-      if not _is_whole(folder):  # else another process converted the same meanwhile
-        raise
+  if _is_whole(folder):
+    return folder
+  source = readers.open_source(source_path)
+  check(source)
+  with _one_at_a_time(cache / "locks" / folder.name):
+    if not _is_whole(folder):
+      _remove_stale(folder)
+      try:
+        convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+      except InputError:
+        if not _is_whole(folder):  # else another process converted the same meanwhile, where files cannot be locked
+          raise
   return folder
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: pathlib.Path) -> Iterator[None]:
+  """The processes of a host that want the same weights wait for the one that converts them."""
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # what cannot be written or locked is said by whoever writes the weights
+      lock.parent.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(open(lock, "w"))
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def fingerprint(path: str | os.PathLike) -> str:

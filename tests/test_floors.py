@@ -19,7 +19,7 @@ FLOORS = {
     readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless""",
   "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
     progress* weights_cache startup following report plots* quality_plots* plan_report* plan_plots*""",
-  "entry": "cli generate plan",
+  "entry": "cli conversion_child generate plan",
 }
 ORDER = [name.rstrip("*") for floor in FLOORS.values() for name in floor.split()]
 NO_JAX = {name.rstrip("*") for floor in FLOORS.values() for name in floor.split() if name.endswith("*")}
