@@ -31,6 +31,7 @@ from jaxfp8.text import TokenizerFiles
 FORMAT_VERSION = 1
 WRITING = ".writing-"  # in the name of a folder that is not finished
 MANIFEST, _TOKENIZER, _TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
+_CHUNK_BYTES = 8 << 20  # what is read at least of an array: a host reads only its part of a matrix
 _PATIENCE = 10.0  # seconds that `abandon_unfinished` waits for a write under way
 _unfinished: "weakref.WeakSet[CheckpointWriter]" = weakref.WeakSet()
 
@@ -206,6 +207,7 @@ def orbax():
 def orbax_context(ocp):
   context = ocp.Context()
   context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
+  context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   context.pytree.loading.partial_load = True
   return context
 
