@@ -24,6 +24,7 @@ from jaxfp8.model import Llama
 
 _JOB_BYTES = 64 << 20  # under way at a time: one job's arrays that are read, one's that are put in place
 _THREADS = 8
+_HOST_PLATFORMS = ("cpu",)  # whose devices take over memory of the host
 _ALIGNMENT = 64  # of memory that a CPU device takes over as it is
 
 
@@ -116,7 +117,7 @@ class _Target:
       if bounds not in self.shards:
         self.shards[bounds] = _Shard([], tuple(stop - start for start, stop in bounds), self._places(bounds))
       self.shards[bounds].devices.append(device)
-    self.on_host = (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).platform == "cpu"
+    self.on_host = (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).platform in _HOST_PLATFORMS
 
   def _places(self, bounds) -> np.ndarray:
     leaf = self.leaf

@@ -26,7 +26,7 @@ from jaxfp8.errors import InputError
 FLAGS = flags.FlagValues()
 flags.DEFINE_float("gigabytes", 4.0, "Size of the checkpoint.", flag_values=FLAGS)
 flags.DEFINE_integer("tensor", 4, "CPU devices that the model is cut over.", flag_values=FLAGS)
-flags.DEFINE_string("folder", None, "Keep the checkpoint here, and use it if it is there; None: a temporary one.", flag_values=FLAGS)
+flags.DEFINE_string("folder", None, "Keep the checkpoint here, or use it; None: a temporary one.", flag_values=FLAGS)
 flags.DEFINE_string("worker", None, "Internal: load this checkpoint in this process.", flag_values=FLAGS)
 _LAYER_BYTES, _TABLE_BYTES = 218_112_000, 268_435_456  # of one layer of an 8B Llama in float8; of embedding and head here
 
