@@ -60,7 +60,7 @@ class Llama(nnx.Module):
     self.segments = nnx.List(
       DecoderLayer(builder.with_layers(stop - start), layer_format) for start, stop, layer_format in self.segment_bounds()
     )
-    self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps)
+    self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps, self.runtime)
     if not config.tied_embeddings:
       self.head = Linear(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), PartitionSpec(TENSOR), self.runtime)
 
@@ -89,19 +89,20 @@ class Llama(nnx.Module):
     num_pages = cache.k_pages.shape[1]
     context = StepContext.of(batch, self.config)
     x, pool, layer = self.embed(batch.tokens_T), cache.flatten(), 0
+    y = jnp.zeros_like(x)  # what the last sublayer has still to add
     pack, unpack = loop_views(self.runtime.target)
     for segment in self.segments:
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        (x, pool), (index, weights) = unpack(carry), unpack(inputs)
-        return pack(nnx.merge(graph, weights)(x, pool, context.at_layer(index, num_pages))), None
+        (x, y, pool), (first_page, weights) = unpack(carry), unpack(inputs)
+        return pack(nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))), None
 
       length = segment.attention_norm.weight.get_value().shape[0]
-      carry, _ = jax.lax.scan(run_layer, pack((x, pool)), pack((layer + jnp.arange(length), stacked)))
-      x, pool = unpack(carry)
+      carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
+      x, y, pool = unpack(carry)
       layer += length
-    return self.final_norm(x), pool.unflatten(self.config.num_layers)
+    return self.final_norm(x, y, self.output)[1], pool.unflatten(self.config.num_layers)
 
   def embed(self, tokens_T: jax.Array) -> jax.Array:
     """Rows of the embedding [T, D]. Cut over the vocabulary, each device gives the rows that it has."""
@@ -111,13 +112,17 @@ class Llama(nnx.Module):
     rows = jnp.where(mine[:, None], table[jnp.clip(local, 0, table.shape[0] - 1)], 0)
     return sum_over(rows, self.runtime.axes)
 
+  @property
+  def output(self) -> Linear:
+    """The head, which may be the embedding."""
+    return Linear(self.embedding.get_value(), PartitionSpec(), self.runtime) if self.config.tied_embeddings else self.head
+
   def logits(self, hidden_TD: jax.Array) -> jax.Array:
     """float32 [T, V]; under a mesh [T, V / tensor], this device's part of the (padded) vocabulary.
 
     Entries of padding are -inf.
     """
-    head = Linear(self.embedding.get_value(), PartitionSpec(), self.runtime) if self.config.tied_embeddings else self.head
-    logits = head(hidden_TD, out_dtype=jnp.float32)
+    logits = self.output(hidden_TD, out_dtype=jnp.float32)
     size = logits.shape[-1]
     token = index_over(self.runtime.axes) * size + jnp.arange(size)
     return jnp.where(token < self.config.vocab_size, logits, -jnp.inf)

@@ -55,19 +55,22 @@ def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
   """The tile sizes for a call. Sums are cut at the same columns for every T of a regime."""
   sms = target.num_sms or HOPPER_SMS
   unit = unit_of(D, form)
-  few = T <= 16
-  rows = WG_ROWS if few or F < 2 * WG_ROWS else 2 * WG_ROWS
   if T > MAX_SKINNY:
+    rows = WG_ROWS if F < 2 * WG_ROWS else 2 * WG_ROWS
     tokens = 96 if form.widens else 128  # the most that leaves no register spilled
     tiling = Tiling(rows, tokens, unit, 1, 1, 1)
     room = SM_BYTES - _CTA_BYTES - _SCRATCH_BYTES - tokens * rows * 4
   else:
+    few = T <= 16
     long = 2 * unit if D % (2 * unit) == 0 else unit
-    splits = _choose_splits(-(-F // WG_ROWS), D // long, 3 * sms)
-    ctas = 3 if few else 1  # registers: more tokens leave no room for a second CTA
-    tiling = Tiling(rows, -(-T // 8) * 8, long if few else unit, 1, splits, ctas)
-    room = SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
-  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 8)
+    rows = 2 * WG_ROWS if not few and WG_ROWS * sms <= F else WG_ROWS
+    splits = _choose_splits(-(-F // WG_ROWS), D // long, sms)
+    waves = -(-(-(-F // rows) * splits) // sms)
+    ctas = min(waves, 3 if few else 1)  # registers: more tokens leave no room for a second CTA
+    tokens = -(-T // 8) * 8
+    tiling = Tiling(rows, tokens, long if few else unit, 1, splits, ctas)
+    room = SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES - rows * tokens * 4
+  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 16)
   return dataclasses.replace(tiling, stages=stages)
 
 
@@ -102,11 +105,15 @@ def form_of(x_TD, w_FD, w_scale) -> Form:
   return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
 
 
-def _choose_splits(row_tiles: int, steps: int, slots: int) -> int:
-  """Parts to cut D into, so that CTAs fill `slots` places in few, long, even waves. Ties go to fewer parts."""
+def _choose_splits(row_tiles: int, steps: int, sms: int) -> int:
+  """Parts to cut D into. One where row tiles alone give every second SM a CTA: a ring of some 200 KB in each of them holds
+  many times the bytes that must be under way, and sums need no finishing. Otherwise as many as fill three CTAs a SM in few,
+  long, even waves; ties go to fewer parts."""
+  if row_tiles >= sms // 2:
+    return 1
 
   def time(splits):
-    waves = -(-row_tiles * splits // slots)
-    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
+    waves = -(-row_tiles * splits // (3 * sms))
+    return waves * (steps // splits + 3) + splits / 4  # filling a ring and the end cost about 3 steps; a part, to be read again
 
   return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))

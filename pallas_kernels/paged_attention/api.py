@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.float8 import Quantized
 
 
 def paged_attention(
@@ -20,9 +21,11 @@ def paged_attention(
   *,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  first_page: jax.Array | int = 0,
+  quantize: bool = False,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
-) -> jax.Array:
+) -> jax.Array | Quantized:
   """Causal softmax(q k^T / sqrt(H)) v over each sequence's pages; returns [T, N, H] in q's dtype.
 
   The pages already hold the keys and values of the queries themselves. Sequence b's queries are its last
@@ -36,6 +39,9 @@ def paged_attention(
       None means one query each (decode), T == B.
     lengths_B: int32, tokens in each sequence's context, its queries included; 0 for an empty place, which gives zeros.
     k_scale, v_scale: float32 [P, K, C], one per token and head, with float8 pages only.
+    first_page: added to every entry of the table: where a layer's pages begin in a pool of all layers.
+    quantize: the result goes into a float8 linear: an implementation that can round it on the way out returns
+      Quantized(values [T, N * H], scale [T]) instead.
 
   Raises:
     ValueError: a shape or dtype breaks these rules, or a forced implementation cannot run.
@@ -55,6 +61,8 @@ def paged_attention(
     lengths_B,
     k_scale=k_scale,
     v_scale=v_scale,
+    first_page=first_page,
+    quantize=quantize,
   )
 
 

@@ -39,11 +39,17 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   num_tiles = B if decode else T // tokens + B
   ctas = 3 if columns == 16 else 2
   page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
-  fixed = columns * (H + pages * C) * 2 + 3584
+  fixed = columns * (2 * H * 2 + pages * C * 2 + ROWS * 4) + 3584
   stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
   sms = target.num_sms or HOPPER_SMS
   splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
   return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
+
+
+def query_rows(tiling: Tiling, G: int) -> int:
+  """Rows of queries that a tile has in device memory: TMA fills up to 8, or to whole groups of 8, with zeros."""
+  rows = tiling.tokens * G
+  return tiling.columns if rows > 8 and rows % 8 else rows
 
 
 def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
@@ -51,12 +57,14 @@ def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
   return 2 * tiling.stages * tiling.pages * C * H * jnp.dtype(dtype).itemsize
 
 
-def cost(lengths, H: int, K: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
+def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
   """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
   token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
   step = tiling.pages * C
   tokens = sum(-(-length // step) * step for length in lengths)
-  query_bytes = len(lengths) * K * tiling.splits * tiling.columns * (H * 2 + 4)  # with how far each column sees
+  rows = query_rows(tiling, N // K)
+  limits = 0 if tiling.tokens == 1 else tiling.columns * 4  # how far each column sees
+  query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + limits)
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
 
 
@@ -73,11 +81,6 @@ class Tiles:
   def untile(self, x):
     """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
     return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
-
-
-def decode_tiles(lengths_B) -> Tiles:
-  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
-  return Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
 
 
 def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:
