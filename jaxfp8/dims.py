@@ -20,6 +20,11 @@ def sum_over(x: jax.Array, axes: Axes) -> jax.Array:
   return x if axes is None else jax.lax.psum(x, axes)
 
 
+def scatter_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """Sums over mesh axes, and leaves each device its part of the rows; `concatenate_over` puts them together again."""
+  return x if axes is None else jax.lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True)
+
+
 def max_over(x: jax.Array, axes: Axes) -> jax.Array:
   return x if axes is None else jax.lax.pmax(x, axes)
 

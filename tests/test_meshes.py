@@ -12,6 +12,7 @@ import tiny_models
 from step_driver import Driver, Row
 from tiny_llamas import F32
 
+from jaxfp8 import model
 from jaxfp8.checkpoint import make_mesh
 from jaxfp8.config import LlamaConfig, Recipe
 from jaxfp8.errors import InputError
@@ -69,6 +70,21 @@ class TestNumbers:
     want_tokens, want = _generate(1, 1)
     np.testing.assert_array_equal(tokens, want_tokens)
     np.testing.assert_allclose(logprobs, want, atol=1e-5)
+
+  @pytest.mark.parametrize("recipe", [F32, Recipe("fp8", "channel", "fp8", "fp8")], ids=["f32", "w8a8"])
+  @pytest.mark.parametrize("tensor", [4, 8])
+  def test_rows_of_a_long_prefill_are_cut(self, recipe, tensor, monkeypatch):
+    """Reduce-scatter and all-gather around each norm, against all-reduce: what is rounded is the same, rows or no rows."""
+    tokens, mesh = tiny_models.make_tokens(CONFIG, 50), make_mesh(CONFIG, tensor)
+    weights, found = tiny_llamas.load(CONFIG, recipe, mesh=mesh), []
+    for least in (512, 8):
+      monkeypatch.setattr(model, "_CUT_ROWS_FROM", least)
+      driver = Driver(weights, mesh, prefill_sizes=(56,), decode_sizes=(4,))
+      text = driver.steps.lower("prefill", 56).as_text()
+      assert ("reduce_scatter" in text) == (least == 8)
+      assert "reduce_scatter" not in driver.steps.lower("decode", 4).as_text()
+      found.append(driver.prefill([Row(tokens, 0, 50, (1,)), Row(tokens, 0, 6, (2,), 1)], size=56)[1])
+    np.testing.assert_allclose(*found, atol=1e-5 if recipe is F32 else 0.05)
 
   def test_against_float64(self):
     """What all of them are compared with is a Llama."""
