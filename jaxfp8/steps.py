@@ -5,7 +5,8 @@
 
 A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even where all are 1, one program per kind
 and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next step can be
-started before anyone has read them. Refuses to know requests, text and which sequence owns which page.
+started before anyone has read them; what is returned is whole on every device.
+Refuses to know requests, text and which sequence owns which page.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jaxfp8 import program_cache
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import DEFAULT_PAGE_SIZE, KVCache
 from jaxfp8.checkpoint import mesh_shape
-from jaxfp8.dims import DATA, TENSOR
+from jaxfp8.dims import DATA, TENSOR, concatenate_over
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.sampling import Sampled, SamplingBatch, sample
@@ -165,12 +166,11 @@ class CompiledSteps:
     inputs = self.abstract_inputs(kind, size)
     state = jax.eval_shape(self._empty_state)
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
-    sampled_specs = Sampled(*[PartitionSpec(DATA)] * 4)
     step = jax.shard_map(
       functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
       mesh=self.mesh,
       in_specs=(self._specs, self._state_specs(), input_specs),
-      out_specs=(self._state_specs(), sampled_specs),
+      out_specs=(self._state_specs(), PartitionSpec()),
       check_vma=False,
     )
     weights = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self._weights)
@@ -264,4 +264,5 @@ def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs:
   sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
   place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
   last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
-  return pack(State(cache, last_tokens)), sampled
+  # Whole on every device, so that every process can read it.
+  return pack(State(cache, last_tokens)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)
