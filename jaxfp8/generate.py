@@ -7,6 +7,7 @@ runs this command (--coordinator, --num_processes, --process_id, or under SLURM 
 reads the prompts and answers.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -59,6 +60,7 @@ _define(flags.DEFINE_integer, "num_processes", None, "How many processes there a
 _define(flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0.")
 _define(flags.DEFINE_integer, "heartbeat_seconds", 20, "A process of many that is silent for so long ends all of them.")
 _define(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_define(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
 _define(flags.DEFINE_bool, "json", False, "Print one JSON object when all is done, instead of streaming text.")
 _define(
   flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
@@ -88,6 +90,7 @@ def _run(prompts: list[str], started: float) -> int:
   from jaxfp8 import following, hosts, startup
   from jaxfp8.engine import Engine, Request
   from jaxfp8.progress import Progress
+  from pallas_kernels import debug_checks
 
   params = _sampling()
   cli.keep_compiled_programs(FLAGS.cache_dir)
@@ -107,10 +110,11 @@ def _run(prompts: list[str], started: float) -> int:
     with progress.task("Compiling"):
       _compile(engine)
   start_seconds = time.perf_counter() - started
-  if not hosts.is_first():
-    following.follow(engine, None if FLAGS.interactive else requests)
-    return 0
-  completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
+  with debug_checks() if FLAGS.debug_checks else contextlib.nullcontext():
+    if not hosts.is_first():
+      following.follow(engine, None if FLAGS.interactive else requests)
+      return 0
+    completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
   _report(engine, opened.recipe, completions, start_seconds)
   return 0
 

@@ -89,6 +89,7 @@ class Llama(nnx.Module):
     batch.check()
     cache.check(self.config, self.config.num_kv_heads // (1 if self.runtime.axes is None else self.shape.kv))
     num_pages = cache.k_pages.shape[1]
+    batch = batch.checked(num_pages, cache.page_size)
     context = StepContext.of(batch, self.config, self.row_axes(batch))
     x, pool, layer = context.reduce(self.own_rows(batch.tokens_T), self.runtime.axes), cache.flatten(), 0
     y = jnp.zeros_like(x)  # what the last sublayer has still to add
