@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, fp8, layout, readers
+from jaxfp8 import checkpoint, filling, fp8, layout, readers
 from jaxfp8.checkpoint import load_checkpoint
 from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
@@ -82,7 +82,7 @@ def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, imp
   """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
   arrays = SourceArrays(source, recipe)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
-  return checkpoint.fill(model, arrays.read, mesh)
+  return filling.fill(model, filling.whole_arrays(arrays.read), mesh)
 
 
 class SourceArrays:
