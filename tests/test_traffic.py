@@ -120,6 +120,14 @@ def test_a_copy_of_a_weight_is_seen():
   assert total.loops[0][1].launches == 3
 
 
+def test_rows_of_the_embedding_are_no_copy_of_it():
+  rows = "%rows = bf16[{}]{{1,0}} gather"
+  text = PROGRAM.replace("EXTRA", "").replace(rows.format("8,512"), rows.format("256,512"))
+  total = traffic.tally(hlo.parse(text), (0, 2))
+  assert total.weight_read_bytes == 3 * MATRIX + 256 * 512 * 2
+  assert total.weight_written_bytes == 0
+
+
 def test_a_gather_is_half_an_all_reduce():
   start = "((bf16[8,256]{1,0}), bf16[64,256]{1,0}) all-gather-start(%reduced), channel_id=2, dimensions={0}"
   text = PROGRAM.replace("EXTRA", "").replace("%counter =", f"%gathering = {start}\n  %counter =")
