@@ -4,6 +4,7 @@ The folder itself, and how it is written, is checkpoint_folder.py's business; wh
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxfp8 import layout
+from jaxfp8 import layout, static_scales
 from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, check_files, damaged, orbax, orbax_context, read_manifest
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
@@ -35,7 +36,7 @@ def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | No
       arrays[layout.HEAD] = model.head.weight
     writer.write({key: np.asarray(weight.get_value()) for key, weight in arrays.items()})
     for layer in range(model.config.num_layers):
-      writer.write(layout.split_layer(model, layer))
+      writer.write(layout.split_layer(model, layer) | static_scales.split_layer(model, layer))
 
 
 def load_checkpoint(
@@ -72,7 +73,7 @@ def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: s
 
 def fill(model: Llama, read, mesh: Mesh | None) -> Llama:
   """Puts arrays into an abstract model, a few weights at a time. `read(keys)` gives {key: numpy array}."""
-  for parts in _grouped(layout.parts(model)):
+  for parts in _grouped(itertools.chain(layout.parts(model), static_scales.parts(model))):
     arrays = read(tuple(key for part in parts for key in part.keys))
     for part in parts:
       value, partition = part.build(arrays), part.weight.get_metadata("partition")
@@ -134,6 +135,8 @@ class _Reader:
       raise damaged(self.folder, error) from error
     if not stored:
       raise damaged(self.folder, "Orbax finds no arrays")
+    scales = static_scales.possible_arrays(manifest.config, manifest.formats)
+    self.expected |= {key: value for key, value in scales.items() if key in stored}
     for key, (shape, dtype) in self.expected.items():
       # Orbax casts silently on restore, so dtypes are compared with the metadata first.
       found = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
@@ -141,6 +144,7 @@ class _Reader:
         raise damaged(self.folder, f"{key} must be {dtype} {shape}; the folder has {found}")
 
   def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    static_scales.require(keys, self.expected, self.folder)
     target = {key: np.broadcast_to(np.zeros((), self.expected[key][1]), self.expected[key][0]) for key in keys}
     try:
       with orbax_context(self._ocp):

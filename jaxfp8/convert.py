@@ -5,13 +5,13 @@ Refuses to know file formats (readers/) and layouts (layout.py): it turns one so
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, fp8, layout, readers
+from jaxfp8 import checkpoint, fp8, layout, readers, static_scales
 from jaxfp8.checkpoint import load_checkpoint
 from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
@@ -78,9 +78,19 @@ def load(
   return load_checkpoint(path, activations=recipe.activations, kv=recipe.kv, mesh=mesh, implementation=implementation)
 
 
-def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, implementation: str = "auto") -> Llama:
-  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
-  arrays = SourceArrays(source, recipe)
+def load_source(
+  source: Source,
+  recipe: Recipe,
+  *,
+  scales: Mapping[str, np.ndarray] | None = None,
+  mesh: Mesh | None = None,
+  implementation: str = "auto",
+) -> Llama:
+  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time.
+
+  scales: static ones under their keys (static_scales.py), for a recipe that has them. Raises InputError when they are missing.
+  """
+  arrays = SourceArrays(source, recipe, scales)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
   return checkpoint.fill(model, arrays.read, mesh)
 
@@ -88,19 +98,20 @@ def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, imp
 class SourceArrays:
   """The arrays that a checkpoint of `source` in `recipe` has, computed when they are read."""
 
-  def __init__(self, source: Source, recipe: Recipe):
-    self.source, self.recipe = source, recipe
+  def __init__(self, source: Source, recipe: Recipe, scales: Mapping[str, np.ndarray] | None = None):
+    self.source, self.recipe, self.scales = source, recipe, scales or {}
     self.formats = (LayerFormat.uniform(recipe.weights),) * source.config.num_layers
     groups = layout.checkpoint_arrays(source.config, recipe, self.formats)
     self._dtypes = {key: dtype for group in groups for key, (_, dtype) in group.items()}
 
   def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """{key: array}; a matrix whose weight and scale are both asked for is read and quantized once."""
+    static_scales.require(keys, self.scales, self.source.path)
+    arrays = {key: self.scales[key] for key in keys if key in self.scales}
     by_tensor: dict[str, list[str]] = {}
-    for key in keys:
+    for key in (key for key in keys if key not in arrays):
       module = key.rsplit(".", 1)[0]
       by_tensor.setdefault(f"{module}.weight", []).append(key)
-    arrays = {}
     for name, wanted in by_tensor.items():
       arrays |= self._convert(self.source.read(name), wanted)
     return arrays

@@ -51,6 +51,11 @@ def scale_key(layer: int, matrix: str, letters: str, granularity: str) -> str:
   return f"model.layers.{layer}.{matrix}.scale[{shape}]"
 
 
+def matrices_of(merged: str) -> tuple[str, ...]:
+  """The matrices of a checkpoint, such as self_attn.q_proj, that a model's merged one holds."""
+  return tuple(_MATRICES[merged])
+
+
 def checkpoint_arrays(
   config: LlamaConfig, recipe: Recipe, formats: tuple[LayerFormat, ...]
 ) -> list[dict[str, tuple[tuple[int, ...], np.dtype]]]:

@@ -15,7 +15,7 @@ FLOORS = {
   "vocabulary": "errors* units* text* config* mesh* devices* dims fp8",
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
-  "programs": """layout checkpoint_folder checkpoint readers.source* readers.dialects* readers.gguf_tokenizer*
+  "programs": """layout static_scales checkpoint_folder checkpoint readers.source* readers.dialects* readers.gguf_tokenizer*
     readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless""",
   "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
     progress* weights_cache startup report plots* quality_plots* plan_report* plan_plots*""",
