@@ -62,7 +62,7 @@ def load_checkpoint(
     manifest.recipe, activations=activations or manifest.recipe.activations, kv=kv or manifest.recipe.kv
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
-  reader = _Reader(pathlib.Path(folder), manifest)
+  reader = CheckpointArrays(folder, manifest)
   return fill(model, reader.read, mesh)
 
 
@@ -119,11 +119,12 @@ def _place(array: np.ndarray, spec: PartitionSpec, mesh: Mesh | None) -> jax.Arr
   return jax.device_put(array, NamedSharding(mesh, spec) if mesh is not None else None)
 
 
-class _Reader:
+class CheckpointArrays:
   """Arrays of one checkpoint by key, checked against what its manifest promises."""
 
-  def __init__(self, folder: pathlib.Path, manifest: Manifest):
-    self.folder = folder
+  def __init__(self, folder: str | os.PathLike, manifest: Manifest):
+    self.folder = folder = pathlib.Path(folder)
+    self.config, self.recipe, self.formats = manifest.config, manifest.recipe, manifest.formats
     check_files(folder)
     groups = layout.checkpoint_arrays(manifest.config, manifest.recipe, manifest.formats)
     self.expected = {key: value for group in groups for key, value in group.items()}

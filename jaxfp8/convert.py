@@ -83,14 +83,20 @@ def load_source(
   recipe: Recipe,
   *,
   scales: Mapping[str, np.ndarray] | None = None,
+  formats: tuple[LayerFormat, ...] | None = None,
   mesh: Mesh | None = None,
   implementation: str = "auto",
 ) -> Llama:
   """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time.
 
-  scales: static ones under their keys (static_scales.py), for a recipe that has them. Raises InputError when they are missing.
+  Args:
+    scales: static ones under their keys (static_scales.py), for a recipe that has them.
+    formats: one a layer, where some matrices are to be kept in bf16; None: the recipe's weights everywhere.
+
+  Raises:
+    InputError: bad weights, or a recipe with static scales without them.
   """
-  arrays = SourceArrays(source, recipe, scales)
+  arrays = SourceArrays(source, recipe, scales, formats)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
   return checkpoint.fill(model, arrays.read, mesh)
 
@@ -98,15 +104,22 @@ def load_source(
 class SourceArrays:
   """The arrays that a checkpoint of `source` in `recipe` has, computed when they are read."""
 
-  def __init__(self, source: Source, recipe: Recipe, scales: Mapping[str, np.ndarray] | None = None):
-    self.source, self.recipe, self.scales = source, recipe, scales or {}
-    self.formats = (LayerFormat.uniform(recipe.weights),) * source.config.num_layers
+  def __init__(
+    self,
+    source: Source,
+    recipe: Recipe,
+    scales: Mapping[str, np.ndarray] | None = None,
+    formats: tuple[LayerFormat, ...] | None = None,
+  ):
+    """formats: one a layer, where some matrices are to be kept in bf16. Raises InputError when static scales are missing."""
+    self.source, self.config, self.recipe, self.scales = source, source.config, recipe, scales or {}
+    self.formats = formats or (LayerFormat.uniform(recipe.weights),) * source.config.num_layers
+    static_scales.require(static_scales.wanted_keys(self.config, recipe, self.formats), self.scales, source.path)
     groups = layout.checkpoint_arrays(source.config, recipe, self.formats)
     self._dtypes = {key: dtype for group in groups for key, (_, dtype) in group.items()}
 
   def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """{key: array}; a matrix whose weight and scale are both asked for is read and quantized once."""
-    static_scales.require(keys, self.scales, self.source.path)
     arrays = {key: self.scales[key] for key in keys if key in self.scales}
     by_tensor: dict[str, list[str]] = {}
     for key in (key for key in keys if key not in arrays):

@@ -56,6 +56,11 @@ def matrices_of(merged: str) -> tuple[str, ...]:
   return tuple(_MATRICES[merged])
 
 
+def keys_of(layer: int, merged: str, granularity: str) -> list[tuple[str, str]]:
+  """(key of the weight, key of its scale) of each of those matrices, for float8 weights."""
+  return [(weight_key(layer, *matrix), scale_key(layer, *matrix, granularity)) for matrix in _MATRICES[merged].items()]
+
+
 def checkpoint_arrays(
   config: LlamaConfig, recipe: Recipe, formats: tuple[LayerFormat, ...]
 ) -> list[dict[str, tuple[tuple[int, ...], np.dtype]]]:

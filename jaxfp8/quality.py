@@ -50,6 +50,27 @@ def cut_chunks(tokens: Sequence[int], num_tokens: int, context: int, bos_id: int
   return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
+def cut_training_chunks(
+  tokens: Sequence[int], num_tokens: int, context: int, held_out: np.ndarray, bos_id: int | None = None
+) -> np.ndarray:
+  """int32 [chunks, context] for calibration: evenly over what `cut_chunks(tokens, ..)` gave as `held_out` leaves of the text.
+
+  No token is in both. As many chunks as num_tokens / context, rounded up, or as there is room for. Raises InputError for none.
+  """
+  size, taken = context - (bos_id is not None), held_out.shape[1] - (bos_id is not None)
+  starts = np.linspace(0, len(tokens) - taken, len(held_out)).astype(int)  # as in cut_chunks
+  free = [
+    start
+    for first, last in zip([0, *(starts + taken)], [*starts, len(tokens)], strict=True)
+    for start in range(first, last - size + 1, size)
+  ]
+  if context < 2 or not free:
+    raise InputError(f"quality: beside the text that is held out there is no room for {context} tokens. Pass a longer text.")
+  places = np.unique(np.linspace(0, len(free) - 1, min(len(free), -(-num_tokens // context))).astype(int))
+  rows = np.stack([np.asarray(tokens[free[place] : free[place] + size], np.int32) for place in places])
+  return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """What a model made of each position, [chunks, context]: nats for nll and kl, 0 or 1 for agrees.

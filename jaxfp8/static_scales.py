@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from jaxfp8 import layout
-from jaxfp8.config import LlamaConfig
+from jaxfp8.config import STATIC, LlamaConfig, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.layers import LayerFormat
 from jaxfp8.model import Llama
@@ -46,6 +46,12 @@ def possible_arrays(config: LlamaConfig, formats: tuple[LayerFormat, ...]) -> di
         found |= {input_key(layer, matrix): ((), f32) for matrix in layout.matrices_of(merged)}
     found |= {kv_key(layer, name): ((config.num_kv_heads,), f32) for name in KV}
   return found
+
+
+def wanted_keys(config: LlamaConfig, recipe: Recipe, formats: tuple[LayerFormat, ...]) -> list[str]:
+  """Those that a model of `recipe` needs."""
+  wants = {True: recipe.kv.endswith(STATIC), False: recipe.activations.endswith(STATIC)}
+  return [key for key in possible_arrays(config, formats) if wants[key.endswith("[K]")]]
 
 
 def require(keys: Collection[str], there: Collection[str], where: object) -> None:

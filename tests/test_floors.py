@@ -16,7 +16,7 @@ FLOORS = {
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
   "programs": """layout static_scales checkpoint_folder checkpoint readers.source* readers.dialects* readers.gguf_tokenizer*
-    readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless""",
+    readers.gguf_file* readers.huggingface* readers* convert rounding magnitudes* calibration program_cache steps synthetic quality deviceless""",
   "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
     progress* weights_cache startup report plots* quality_plots* plan_report* plan_plots*""",
   "entry": "cli generate plan",
