@@ -13,17 +13,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxfp8 import layout, readers, static_scales
+from jaxfp8 import filling, layout, readers, static_scales
 from jaxfp8.batch import PrefillBatch
 from jaxfp8.cache import KVCache
-from jaxfp8.checkpoint import CheckpointArrays, abstract_model, fill
+from jaxfp8.checkpoint import CheckpointReader, abstract_model
 from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, is_checkpoint, read_manifest
 from jaxfp8.config import STATIC, Recipe
 from jaxfp8.convert import SourceArrays, tokenizer_of
@@ -75,7 +75,7 @@ def calibrate(
   if is_checkpoint(path):
     manifest = read_manifest(path)
     recipe = recipe or _all_static(manifest.recipe)
-    arrays, tokenizer, before = CheckpointArrays(path, manifest), manifest.tokenizer, manifest.provenance
+    arrays, tokenizer, before = CheckpointReader(path, manifest), manifest.tokenizer, manifest.provenance
     _require_same_weights(path, manifest.recipe, recipe)
   else:
     source, recipe = readers.open_source(path), recipe or _all_static(Recipe())
@@ -84,14 +84,14 @@ def calibrate(
   facts = {"rounding": rounding, "scales": scales, "tokens": int(chunks.size), **(provenance or {})}
   manifest = Manifest(arrays.config, recipe, arrays.formats, tokenizer, {**before, "calibration": facts})
   with CheckpointWriter(folder, manifest) as writer:
-    writer.write(arrays.read(tuple(layout.checkpoint_arrays(arrays.config, _dynamic(recipe), arrays.formats)[0])))
+    writer.write(_read(arrays, list(layout.checkpoint_arrays(arrays.config, _dynamic(recipe), arrays.formats)[0])))
     for _, group in calibrator.layers(progress):
       writer.write(group)
   return calibrator.seen
 
 
 def load_calibrated(
-  arrays: SourceArrays | CheckpointArrays, recipe: Recipe, chunks: np.ndarray, rounding: str, scales: str = "max", **kwargs
+  arrays: SourceArrays | CheckpointReader, recipe: Recipe, chunks: np.ndarray, rounding: str, scales: str = "max", **kwargs
 ) -> Llama:
   """A model in memory with `recipe`'s static scales from `chunks`, its weights rounded by `rounding`; kwargs as `load`'s."""
   static = STATIC in recipe.activations + recipe.kv
@@ -99,9 +99,10 @@ def load_calibrated(
   found = {key: array for _, group in layers for key, array in group.items()}
 
   def read(keys):
-    return {key: found[key] for key in keys if key in found} | arrays.read(tuple(key for key in keys if key not in found))
+    return {key: found[key] for key in keys if key in found} | _read(arrays, [key for key in keys if key not in found])
 
-  return fill(abstract_model(arrays.config, recipe, arrays.formats, None, **kwargs), read, None)
+  model = filling.fill(abstract_model(arrays.config, recipe, arrays.formats, None, **kwargs), filling.whole_arrays(read), None)
+  return static_scales.fill(model, found.__getitem__, None)
 
 
 def _all_static(recipe: Recipe) -> Recipe:
@@ -122,17 +123,22 @@ def _require_same_weights(path: pathlib.Path, stored: Recipe, wanted: Recipe) ->
     )
 
 
+def _read(arrays: SourceArrays | CheckpointReader, keys: Sequence[str]) -> dict[str, np.ndarray]:
+  """Whole arrays of either."""
+  return arrays.read(tuple(keys)) if isinstance(arrays, SourceArrays) else {key: arrays.read_array(key) for key in keys}
+
+
 class Calibrator:
   """The layers of a model over calibration text, one after the other.
 
   Args:
-    arrays: where they come from: SourceArrays or CheckpointArrays (convert.py, checkpoint.py).
+    arrays: where they come from: SourceArrays or CheckpointReader (convert.py, checkpoint.py).
     chunks: int32 [chunks, tokens], each a prompt of its own.
     rounding: how weights are rounded that come from a source ("nearest", "mse" or "gptq"); what is float8 already is kept.
     scales: which of SCALES the static scales are; None for none at all.
   """
 
-  def __init__(self, arrays: SourceArrays | CheckpointArrays, chunks: np.ndarray, rounding: str, scales: str | None):
+  def __init__(self, arrays: SourceArrays | CheckpointReader, chunks: np.ndarray, rounding: str, scales: str | None):
     check_rounding(rounding)
     if scales is not None and scales not in SCALES:
       raise InputError(f"calibrate: scales must be one of {', '.join(SCALES)}; got {scales!r}.")
@@ -150,7 +156,7 @@ class Calibrator:
     groups = layout.checkpoint_arrays(self.config, self.recipe, self.formats)
     hidden = self._embed()
     for layer, keys in enumerate(groups[1:]):
-      arrays = self.arrays.read(tuple(keys))
+      arrays = _read(self.arrays, keys)
       if self.rounding == "gptq":
         arrays |= self._gptq(layer, hidden)
       elif self.rounding == "mse":
@@ -164,7 +170,7 @@ class Calibrator:
         progress(layer + 1, self.config.num_layers)
 
   def _embed(self) -> list[tuple[jax.Array, jax.Array]]:
-    table = self.arrays.read((layout.EMBEDDING,))[layout.EMBEDDING]
+    table = _read(self.arrays, [layout.EMBEDDING])[layout.EMBEDDING]
     groups = [self.chunks[start : start + _ROWS] for start in range(0, len(self.chunks), _ROWS)]
     rows = [jnp.asarray(table[group.reshape(-1)]) for group in groups]
     return [(x, jnp.zeros_like(x)) for x in rows]
@@ -206,12 +212,16 @@ class Calibrator:
   def _run(self, layer: int, arrays, recipe: Recipe, hidden, collect):
     """(hidden states after the layer, what `collect` made of its inputs): all chunks through one layer."""
     formats = (self.formats[layer] if recipe.weights == "fp8" else LayerFormat.uniform(recipe.weights),)
-    model = Llama(dataclasses.replace(self.config, num_layers=1), recipe, formats=formats)
-    for part in layout.parts(model):
-      if part.keys[0].startswith("model.layers."):
-        renamed = {key: arrays[key.replace(".layers.0.", f".layers.{layer}.", 1)] for key in part.keys}
-        part.weight.set_value(jax.tree.map(jnp.asarray, part.build(renamed)))
-    segment, after, collected = model.segments[0], [], None
+    # A vocabulary of one: neither embedding nor head has a part in a layer.
+    sizes = {"num_layers": 1, "vocab_size": 1, "tied_embeddings": True, "bos_id": None, "eos_ids": ()}
+    model = Llama(dataclasses.replace(self.config, **sizes), recipe, formats=formats)
+    outside = {layout.EMBEDDING: np.zeros((1, self.config.d_model)), layout.FINAL_NORM: np.ones(self.config.d_model)}
+
+    def read(keys):
+      return {key: outside[key] if key in outside else arrays[key.replace(".0.", f".{layer}.", 1)] for key in keys}
+
+    segment = filling.fill(model, filling.whole_arrays(read), None).segments[0]
+    after, collected = [], None
     for x, y in hidden:
       batch = PrefillBatch.from_prompts([[0] * self.chunks.shape[1]] * (len(x) // self.chunks.shape[1]))
       cache = KVCache.init(model.config, int(batch.page_table_BM.max()) + 1, recipe.kv)

@@ -30,7 +30,8 @@ from jaxfp8.text import TokenizerFiles
 
 FORMAT_VERSION = 1
 WRITING = ".writing-"  # in the name of a folder that is not finished
-_MANIFEST, _TOKENIZER, _TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
+MANIFEST, _TOKENIZER, _TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
+_CHUNK_BYTES = 8 << 20  # what is read at least of an array: a host reads only its part of a matrix
 _PATIENCE = 10.0  # seconds that `abandon_unfinished` waits for a write under way
 _unfinished: "weakref.WeakSet[CheckpointWriter]" = weakref.WeakSet()
 
@@ -63,13 +64,13 @@ class Manifest:
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
-  return (pathlib.Path(folder) / _MANIFEST).is_file()
+  return (pathlib.Path(folder) / MANIFEST).is_file()
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
   """Raises InputError when the folder is no checkpoint of jaxfp8, or one of a newer version."""
   folder = pathlib.Path(folder)
-  path = folder / _MANIFEST
+  path = folder / MANIFEST
   try:
     data = json.loads(path.read_text(encoding="utf-8"))
     version = data["format_version"]
@@ -97,7 +98,7 @@ def check_files(folder: str | os.PathLike) -> None:
   """Raises InputError when a file that was written is missing or has another size. Costs a look at each, whatever its size."""
   folder = pathlib.Path(folder)
   try:
-    files = dict(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")).get("files", {}))
+    files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))
   except (OSError, ValueError, TypeError, AttributeError) as error:
     raise damaged(folder, error) from error
   for name, size in files.items():
@@ -174,7 +175,7 @@ class CheckpointWriter:
     for name, text in texts.items():
       (self._temporary / name).write_text(text, encoding="utf-8")
     files = {str(path.relative_to(self._temporary)): path.stat().st_size for path in _files(self._temporary)}
-    (self._temporary / _MANIFEST).write_text(self.manifest.to_json(files), encoding="utf-8")
+    (self._temporary / MANIFEST).write_text(self.manifest.to_json(files), encoding="utf-8")
     _sync_tree(self._temporary)
     os.rename(self._temporary, self.folder)
     _sync(self.folder.parent)
@@ -206,6 +207,7 @@ def orbax():
 def orbax_context(ocp):
   context = ocp.Context()
   context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
+  context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   context.pytree.loading.partial_load = True
   return context
 

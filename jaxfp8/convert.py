@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, fp8, layout, readers, static_scales
+from jaxfp8 import checkpoint, filling, fp8, layout, readers, static_scales
 from jaxfp8.checkpoint import load_checkpoint
 from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
@@ -98,7 +98,7 @@ def load_source(
   """
   arrays = SourceArrays(source, recipe, scales, formats)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
-  return checkpoint.fill(model, arrays.read, mesh)
+  return static_scales.fill(filling.fill(model, filling.whole_arrays(arrays.read), mesh), arrays.scales.__getitem__, mesh)
 
 
 class SourceArrays:

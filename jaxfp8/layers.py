@@ -17,7 +17,7 @@ import pallas_kernels
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.config import BLOCK, STATIC, LlamaConfig, Recipe
-from jaxfp8.dims import TENSOR, Axes, sum_over
+from jaxfp8.dims import TENSOR, Axes, concatenate_over, scatter_over, sum_over
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, QArray, quantize_tokens
 from jaxfp8.mesh import MeshShape, Padded
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
       **where,
     )
     out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)
-    return sum_over(self.o(out), self.runtime.axes), pool
+    return context.reduce(self.o(out), self.runtime.axes), pool
 
 
 class Mlp(nnx.Module):
@@ -164,10 +164,10 @@ class Mlp(nnx.Module):
     self.down = build.linear(layer_format.down, build.down_shape, PartitionSpec(None, None, TENSOR))
     self.runtime = build.runtime
 
-  def __call__(self, x_TD: jax.Array | Quantized) -> jax.Array:
+  def __call__(self, x_TD: jax.Array | Quantized, context: "StepContext") -> jax.Array:
     how = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
     hidden = pallas_kernels.silu_multiply(self.gate_up.sums(x_TD), **how, **self.runtime.kernels)
-    return sum_over(self.down(hidden), self.runtime.axes)
+    return context.reduce(self.down(hidden), self.runtime.axes)
 
 
 class DecoderLayer(nnx.Module):
@@ -188,9 +188,9 @@ class DecoderLayer(nnx.Module):
     self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: "StepContext"
   ) -> tuple[jax.Array, jax.Array, KVCache]:
     x_TD, normed = self.attention_norm(x_TD, y_TD, self.attention.qkv)
-    y_TD, pool = self.attention(normed, pool, context)
+    y_TD, pool = self.attention(context.whole(normed), pool, context)
     x_TD, normed = self.mlp_norm(x_TD, y_TD, self.mlp.gate_up)
-    return x_TD, self.mlp(normed), pool
+    return x_TD, self.mlp(context.whole(normed), context), pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,10 +277,11 @@ class StepContext:
   lengths_B: jax.Array
   cos_TH: jax.Array  # [T, H / 2]
   sin_TH: jax.Array
+  row_axes: Axes = None  # mesh axes over which the rows of the residual stream are cut (model.py)
   first_page: jax.Array | int = 0  # of the layer at hand, in the pool of all layers
 
   @classmethod
-  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig) -> "StepContext":
+  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig, row_axes: Axes = None) -> "StepContext":
     _, position_T = batch.places()
     angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
     return cls(
@@ -289,7 +290,16 @@ class StepContext:
       batch.lengths_B,
       jnp.cos(angles),
       jnp.sin(angles),
+      row_axes,
     )
+
+  def reduce(self, y_TD: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over devices of what each adds to the residual stream: all rows of it, or this device's."""
+    return sum_over(y_TD, axes) if self.row_axes is None else scatter_over(y_TD, self.row_axes)
+
+  def whole(self, normed):
+    """All rows of what a norm gave, in float8 already where linears read that."""
+    return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
 
   def at_page(self, first_page: jax.Array) -> "StepContext":
     """The same for the layer whose pages in the flattened pool begin there."""

@@ -13,16 +13,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxfp8.config import BLOCK
 from jaxfp8.errors import InputError
-from jaxfp8.fp8 import QArray, quantize, to_float8
+from jaxfp8.fp8 import MAX, QArray, quantize, to_float8
 
+_FLOAT8 = ml_dtypes.float8_e4m3fn
 ROUNDINGS = ("nearest", "mse", "gptq")
 DAMPING = 0.01  # added to H's diagonal, as a share of its mean: inputs that never occur would make H singular
 _SHRINKS = tuple(2 ** (-step / 16) for step in range(17))  # of the amax scale; one octave, since float8 repeats itself then
-_COLUMNS = 128  # whose errors are passed on within a block before the rest of the matrix hears of them
+_COLUMNS = 32  # whose errors are passed on within a block before the rest of the matrix hears of them
 
 
 def check_rounding(rounding: str) -> None:
@@ -32,13 +34,13 @@ def check_rounding(rounding: str) -> None:
 
 
 def round_weights(w_FD: np.ndarray, granularity: str, rounding: str, hessian_DD: jax.Array | None = None) -> QArray:
-  """w in float8 by `rounding`, on the default device; numpy in, numpy out. `hessian_DD` is X^T X, for gptq alone."""
+  """w in float8 by `rounding`, numpy in, numpy out. `hessian_DD` is X^T X, for gptq alone."""
   check_rounding(rounding)
-  w = jnp.asarray(w_FD, jnp.float32)
+  w = np.asarray(w_FD, np.float32)
   if rounding == "gptq":
     if hessian_DD is None or hessian_DD.shape != (w.shape[1],) * 2:
       raise InputError(f"rounding: gptq needs X^T X [D, D] with D={w.shape[1]}; got {getattr(hessian_DD, 'shape', None)}.")
-    q = _gptq(w, jnp.asarray(hessian_DD, jnp.float32), granularity)
+    q = _gptq(w, np.asarray(hessian_DD), granularity)
   else:
     q = _least_squares(w, granularity) if rounding == "mse" else _nearest(w, granularity)
   return jax.tree.map(np.asarray, q)
@@ -77,55 +79,45 @@ def _per_scale(error_FD: jax.Array, granularity: str) -> jax.Array:
   return jnp.sum(padded.reshape(-(-F // BLOCK), BLOCK, -(-D // BLOCK), BLOCK), axis=(1, 3))
 
 
-def _spread(scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """A scale [F] or [F / 128, D / 128] as an array [F, D]."""
+def _spread(scale, shape: tuple[int, int]):
+  """A scale [F] or [F / 128, D / 128], of jax or numpy, as an array [F, D]."""
   F, D = shape
   if scale.ndim == 1:
-    return jnp.broadcast_to(scale[:, None], shape)
-  return jnp.repeat(jnp.repeat(scale, BLOCK, axis=0)[:F], BLOCK, axis=1)[:, :D]
+    return scale[:, None].repeat(D, axis=1)
+  return scale.repeat(BLOCK, axis=0)[:F].repeat(BLOCK, axis=1)[:, :D]
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _gptq(w_FD: jax.Array, hessian_DD: jax.Array, granularity: str) -> QArray:
-  """Columns go in the order of falling H[j, j]: what is multiplied with most is rounded while most can make up for it."""
-  F, D = w_FD.shape
-  scale = quantize(w_FD, granularity).scale
-  order = jnp.argsort(-jnp.diagonal(hessian_DD))
-  factor = _inverse_factor(hessian_DD[order][:, order])
-  pad = -D % _COLUMNS
-  w = jnp.pad(w_FD[:, order], ((0, 0), (0, pad)))
-  spread = jnp.pad(_spread(scale, w_FD.shape)[:, order], ((0, 0), (0, pad)), constant_values=1)
-  factor = jnp.pad(factor, ((0, pad), (0, pad))) + jnp.diag(jnp.arange(D + pad) >= D).astype(jnp.float32)
+def _gptq(w_FD: np.ndarray, hessian_DD: np.ndarray, granularity: str) -> QArray:
+  """Columns go in the order of falling H[j, j]: what is multiplied with most is rounded while most can make up for it.
 
-  def round_block(block, carry):
-    w, out = carry
-    start = block * _COLUMNS
-    values, scales = (jax.lax.dynamic_slice(x, (0, start), (F, _COLUMNS)) for x in (w, spread))
-    rows = jax.lax.dynamic_slice(factor, (start, 0), (_COLUMNS, D + pad))
-    inner = jax.lax.dynamic_slice(rows, (0, start), (_COLUMNS, _COLUMNS))
-
-    def round_column(j, state):
-      values, q, errors = state
-      column = to_float8(values[:, j] * (1 / scales[:, j]))
-      error = (values[:, j] - column.astype(jnp.float32) * scales[:, j]) / inner[j, j]
-      ahead = jnp.where(jnp.arange(_COLUMNS) > j, inner[j], 0)
-      return values - error[:, None] * ahead[None], q.at[:, j].set(column), errors.at[:, j].set(error)
-
-    state = values, jnp.zeros(values.shape, out.dtype), jnp.zeros_like(values)
-    _, q, errors = jax.lax.fori_loop(0, _COLUMNS, round_column, state)
-    # All columns at once: those of this block and before are not read again.
-    w = w - jax.lax.dot_general(errors, rows, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-    return w, jax.lax.dynamic_update_slice(out, q, (0, start))
-
-  carry = w, jnp.zeros(w.shape, to_float8(w[:1, :1]).dtype)
-  _, q = jax.lax.fori_loop(0, (D + pad) // _COLUMNS, round_block, carry)
-  return QArray(jnp.zeros((F, D), q.dtype).at[:, order].set(q[:, :D]), scale)
+  In numpy on the host, with columns as rows: XLA:CPU's conversions to float8 would cost ten times the arithmetic.
+  """
+  scale = np.asarray(_nearest(w_FD, granularity).scale)
+  order = np.argsort(-np.diagonal(hessian_DD), kind="stable")
+  factor = _inverse_factor(hessian_DD[np.ix_(order, order)])
+  w, spread = np.ascontiguousarray(w_FD.T[order]), _spread(scale, w_FD.shape).T[order]
+  q = np.empty(w.shape, _FLOAT8)
+  for start in range(0, len(w), _COLUMNS):
+    block = w[start : start + _COLUMNS]
+    stop = start + len(block)
+    errors = np.empty_like(block)
+    for j, (column, own) in enumerate(zip(block, spread[start:stop], strict=True)):
+      place = start + j
+      q[place] = np.clip(column * (1 / own), -MAX, MAX).astype(_FLOAT8)
+      errors[j] = (column - q[place].astype(np.float32) * own) / factor[place, place]
+      block[j + 1 :] -= factor[place, place + 1 : stop, None] * errors[j]
+    w[stop:] -= factor[start:stop, stop:].T @ errors
+  rounded = np.empty(w_FD.shape, _FLOAT8)
+  rounded[:, order] = q.T
+  return QArray(rounded, scale)
 
 
-def _inverse_factor(hessian: jax.Array) -> jax.Array:
+def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
   """U, upper triangular, with U^T U = (H + damping)^-1: row j says how column j's error is shared out."""
-  diagonal = jnp.diagonal(hessian)
-  damping = jnp.maximum(DAMPING * jnp.mean(diagonal), jnp.finfo(jnp.float32).tiny)
-  damped = hessian + damping * jnp.eye(len(hessian))
-  inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), jnp.eye(len(hessian)))
-  return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+  diagonal = np.diagonal(hessian)
+  damping = max(DAMPING * float(np.mean(diagonal)), float(np.finfo(np.float32).tiny))
+  damped = hessian.astype(np.float64) + damping * np.eye(len(hessian))
+  # H = L L^T gives H^-1 = (L^-1)^T L^-1; its own factor is wanted the other way round, so rows and columns are turned.
+  lower = np.linalg.cholesky(damped[::-1, ::-1])
+  inverse = np.linalg.inv(lower) if len(lower) else lower
+  return inverse[::-1, ::-1].astype(np.float32)

@@ -10,9 +10,12 @@ saturate. Refuses to know how scales are chosen (calibration.py).
 
 import functools
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 
+import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from jaxfp8 import layout
 from jaxfp8.config import STATIC, LlamaConfig, Recipe
@@ -64,20 +67,25 @@ def require(keys: Collection[str], there: Collection[str], where: object) -> Non
     )
 
 
-def parts(model: Llama) -> Iterator[layout.Part]:
-  """The static scales that this model has."""
+def fill(model: Llama, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Llama:
+  """Puts static scales into an abstract model that has them; `read(key)` gives an array. Raises InputError for bad ones."""
   for segment, (start, stop, _) in zip(model.segments, model.segment_bounds(), strict=True):
+    layers = range(start, stop)
     for merged in LINEARS:
       scale = layout.merged_linear(segment, merged).input_scale
       if scale is not None:
-        rows = [[input_key(layer, matrix) for matrix in layout.matrices_of(merged)] for layer in range(start, stop)]
-        keys = tuple(key for row in rows for key in row)
-        yield layout.Part(scale, keys, functools.partial(_largest, rows))
+        rows = [[input_key(layer, matrix) for matrix in layout.matrices_of(merged)] for layer in layers]
+        _place(scale, _largest([{key: float(read(key)) for key in row} for row in rows]), mesh)
     for name in KV:
       scale = getattr(segment.attention, name)
       if scale is not None:
-        keys = tuple(kv_key(layer, name) for layer in range(start, stop))
-        yield layout.Part(scale, keys, functools.partial(_per_head, model, keys))
+        _place(scale, _per_head(model, {key: read(key) for key in (kv_key(layer, name) for layer in layers)}), mesh)
+  return model
+
+
+def _place(param: nnx.Param, array: np.ndarray, mesh: Mesh | None) -> None:
+  sharding = None if mesh is None else NamedSharding(mesh, param.get_metadata("partition"))
+  param.set_value(jax.device_put(array, sharding))
 
 
 def split_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
@@ -98,27 +106,29 @@ def split_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
   return arrays
 
 
-def _largest(rows: list[list[str]], arrays: layout.Arrays) -> np.ndarray:
-  """float32 [layers]."""
-  values = [[float(arrays[key]) for key in row] for row in rows]
-  for row, found in zip(rows, values, strict=True):
-    if not all(np.isfinite(value) and value > 0 for value in found):
-      raise InputError(f"load: static scales must be positive; {', '.join(row)} are {found}. Calibrate again.")
-    if max(found) > min(found):
+def _largest(rows: list[dict[str, float]]) -> np.ndarray:
+  """float32 [layers]: of the scales of matrices that share an input."""
+  for row in rows:
+    _require_positive(row)
+    if max(row.values()) > min(row.values()):
       _say_once(
-        f"jaxfp8: matrices that share an input have different scales, as {row[0]} and its neighbours; the largest counts."
+        f"jaxfp8: matrices that share an input have different scales, as {next(iter(row))} and its like; the largest counts."
       )
-  return np.array([max(found) for found in values], np.float32)
+  return np.array([max(row.values()) for row in rows], np.float32)
 
 
-def _per_head(model: Llama, keys: tuple[str, ...], arrays: layout.Arrays) -> np.ndarray:
-  """float32 [layers, kv * group * K_local], each head's scale on every device that has the head (as layout.py merges qkv)."""
-  mesh, K = model.shape, model.config.num_kv_heads
-  scales = np.stack([np.asarray(arrays[key], np.float32) for key in keys])
-  if not (np.isfinite(scales).all() and (scales > 0).all()):
-    raise InputError(f"load: static scales must be positive; some of {keys[0]} and its like are not. Calibrate again.")
-  spread = np.broadcast_to(scales.reshape(len(keys), mesh.kv, 1, K // mesh.kv), (len(keys), mesh.kv, mesh.group, K // mesh.kv))
-  return spread.reshape(len(keys), -1)
+def _per_head(model: Llama, scales: dict[str, np.ndarray]) -> np.ndarray:
+  """float32 [layers, kv * group * K_local]: each head's scale on every device that has the head (as layout.py merges qkv)."""
+  mesh, K, layers = model.shape, model.config.num_kv_heads, len(scales)
+  _require_positive(scales)
+  by_head = np.stack([np.asarray(scale, np.float32) for scale in scales.values()]).reshape(layers, mesh.kv, 1, K // mesh.kv)
+  return np.broadcast_to(by_head, (layers, mesh.kv, mesh.group, K // mesh.kv)).reshape(layers, -1)
+
+
+def _require_positive(scales: Mapping[str, float | np.ndarray]) -> None:
+  for key, scale in scales.items():
+    if not (np.isfinite(scale).all() and np.all(np.asarray(scale) > 0)):
+      raise InputError(f"load: static scales must be positive; {key} is {scale}. Calibrate again.")
 
 
 @functools.cache

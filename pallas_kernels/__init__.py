@@ -4,6 +4,7 @@ Each operation is a folder: `api.py` checks the call and dispatches, `reference.
 implementations for one kind of hardware. This package never imports jaxfp8.
 """
 
+from pallas_kernels.debug import debug_checks
 from pallas_kernels.dispatch import Target
 from pallas_kernels.float8 import Quantized
 from pallas_kernels.fp8_matmul.api import Sums, fp8_matmul, fp8_matmul_sums
@@ -15,6 +16,7 @@ __all__ = [
   "Quantized",
   "Sums",
   "Target",
+  "debug_checks",
   "fp8_matmul",
   "fp8_matmul_sums",
   "page_write",

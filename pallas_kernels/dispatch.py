@@ -24,11 +24,13 @@ class Target:
   """What a program is compiled for: a CPU, or a GPU of one CUDA compute capability such as (9, 0).
 
   num_sms: how many multiprocessors the GPU has, which decides how kernels cut their work; None where it is not known.
+  kind: its name as the driver says it, which chooses between measured tile sizes (tuned.py).
   """
 
   platform: str
   capability: tuple[int, int] | None = None
   num_sms: int | None = None
+  kind: str | None = None
 
   @classmethod
   def of(cls, device: jax.Device) -> "Target":
@@ -37,7 +39,8 @@ class Target:
       return cls("cpu")
     capability = str(getattr(device, "compute_capability", "0.0"))
     major, _, minor = capability.partition(".")
-    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), getattr(device, "core_count", None))
+    sms, kind = getattr(device, "core_count", None), getattr(device, "device_kind", None)
+    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), sms, kind)
 
 
 # Kernel files by the compute capability that they are written for. Another GPU gets a line here when it gets a file.

@@ -104,10 +104,17 @@ class Attention:
   C: int = 64
   spread: float = 0.0
   v_size: float = 1.0
+  q_size: float = 2.0
+  first_page: int = 2  # where the layer's pages begin
+  num_sms: int = 2
 
   def __str__(self):
     kind = "decode" if self.counts is None else "prefill"
     return f"{kind}-{self.pages}-N{self.N}-K{self.K}-H{self.H}-C{self.C}-{'_'.join(map(str, self.lengths))}"
+
+  @property
+  def target(self):
+    return Target("cuda", (9, 0), self.num_sms)
 
   @property
   def M(self) -> int:
@@ -115,17 +122,17 @@ class Attention:
 
   def arrays(self):
     B, M = len(self.lengths), self.M
-    P = B * M + 3
+    P = self.first_page + B * M + 3
     rng = np.random.default_rng(sum(self.lengths))
     T = B if self.counts is None else sum(self.counts) + 2  # two rows of padding
-    q = (2 * rng.normal(size=(T, self.N, self.H))).astype(BF16)
+    q = (self.q_size * rng.normal(size=(T, self.N, self.H))).astype(BF16)
     k = rng.normal(size=(P, self.K, self.C, self.H))
     v = rng.normal(size=(P, self.K, self.C, self.H)) * self.v_size
     v = v * np.exp(self.spread * rng.normal(size=(P, self.K, self.C, 1)))
-    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    table = rng.permutation(P - self.first_page)[: B * M].reshape(B, M).astype(np.int32)
     written = np.zeros((P, self.C), bool)
     for row, length in zip(table, self.lengths, strict=True):
-      written[row] = np.arange(M * self.C).reshape(M, self.C) < length
+      written[self.first_page + row] = np.arange(M * self.C).reshape(M, self.C) < length
     if self.pages == "fp8":
       (k, k_scale), (v, v_scale) = to_float8(k), to_float8(v)
       # Places that nothing was written to are zeros, scales too, as in a new pool.
@@ -142,19 +149,21 @@ class Attention:
   def truth(self):
     (q, *rest), scales = self.arrays()
     return in_one_program(
-      lambda args, scales: attention_reference.paged_attention(*args, **scales), (q.astype(F32), *rest), scales
+      lambda args, scales: attention_reference.paged_attention(*args, **scales, first_page=self.first_page),
+      (q.astype(F32), *rest),
+      scales,
     )
 
   def cost(self) -> int:
     """Decode only."""
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
-    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, GPU)
+    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, self.target)
     return attention_tiling.cost(self.lengths, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):
-      return kernels.paged_attention(*arrays, **scales, target=GPU).astype(F32)
+      return kernels.paged_attention(*arrays, **scales, first_page=self.first_page, target=self.target).astype(F32)
 
     with interpret.running(timeout_s) as copies:
       y = np.asarray(in_one_program(call, *self.arrays()))

@@ -11,7 +11,7 @@ others the plain array: linears take both. Letters as in paged_attention; D mode
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import debug, dispatch
 from pallas_kernels.float8 import Quantized
 from pallas_kernels.fp8_matmul.api import Sums
 
@@ -90,7 +90,8 @@ def rope_write(
   if len(pages) != (4 if pages[0].dtype == jnp.float8_e4m3fn else 2):
     raise ValueError(f"rope_write: float8 pages need their two scales and others have none; got {len(pages)} pools.")
   target = target or dispatch.default_target()
-  where = page_table_BM, query_starts, lengths_B
+  sizes = {"num_tokens": T, "page_size": pages[0].shape[2], "num_pages": pages[0].shape[0] - first_page}
+  where = debug.checked_pages("rope_write", page_table_BM, query_starts, lengths_B, **sizes)
   options = {"first_page": first_page, "static_scales": static_scales, "dtype": jnp.dtype(dtype)}
   return dispatch.run(__package__, "rope_write", implementation, target, qkv, cos_TH, sin_TH, pages, *where, **options)
 

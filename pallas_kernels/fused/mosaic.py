@@ -264,7 +264,11 @@ def _store_activations(row: _Row, pieces, token, values_out, scale_out, static_g
       scale = static_gmem[0][0]
     else:
       scale = scale_of(meet(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(piece)) for piece in wide)), jnp.maximum))
-      scale_out[0][token] = scale
+
+      @pl.when(lax.axis_index("wg") == 0)
+      def _():
+        scale_out[0][token] = scale
+
     factor = 1 / scale
     pieces = [jnp.clip(piece * factor, -MAX, MAX).astype(FLOAT8) for piece in wide]
   row.store(values_out.at[token], pieces)

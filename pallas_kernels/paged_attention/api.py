@@ -7,7 +7,7 @@ M pages a sequence. Query heads are grouped by KV head: heads k*G .. k*G + G - 1
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import debug, dispatch
 from pallas_kernels.float8 import Quantized
 
 
@@ -48,6 +48,8 @@ def paged_attention(
   """
   _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale)
   target = target or dispatch.default_target()
+  sizes = {"num_tokens": q_TNH.shape[0], "page_size": k_pages.shape[2], "num_pages": k_pages.shape[0] - first_page}
+  where = debug.checked_pages("paged_attention", page_table_BM, query_starts, lengths_B, **sizes)
   return dispatch.run(
     __package__,
     "paged_attention",
@@ -56,9 +58,7 @@ def paged_attention(
     q_TNH,
     k_pages,
     v_pages,
-    page_table_BM,
-    query_starts,
-    lengths_B,
+    *where,
     k_scale=k_scale,
     v_scale=v_scale,
     first_page=first_page,
