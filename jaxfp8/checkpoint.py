@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfp8 import layout
-from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest, check_files, damaged, orbax, orbax_context, read_manifest
+from jaxfp8.checkpoint_folder import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
+from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
@@ -61,8 +62,8 @@ def load_checkpoint(
     manifest.recipe, activations=activations or manifest.recipe.activations, kv=kv or manifest.recipe.kv
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
-  reader = _Reader(pathlib.Path(folder), manifest)
-  return fill(model, reader.read, mesh)
+  reader = CheckpointReader(pathlib.Path(folder), manifest)
+  return fill(model, layout.widened(reader.read, manifest.exceptions, layout.NUMPY_DTYPES[manifest.recipe.stream]), mesh)
 
 
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
@@ -118,13 +119,15 @@ def _place(array: np.ndarray, spec: PartitionSpec, mesh: Mesh | None) -> jax.Arr
   return jax.device_put(array, NamedSharding(mesh, spec) if mesh is not None else None)
 
 
-class _Reader:
+class CheckpointReader:
   """Arrays of one checkpoint by key, checked against what its manifest promises."""
 
   def __init__(self, folder: pathlib.Path, manifest: Manifest):
     self.folder = folder
     check_files(folder)
-    groups = layout.checkpoint_arrays(manifest.config, manifest.recipe, manifest.formats)
+    groups = layout.checkpoint_arrays(
+      manifest.config, manifest.recipe, manifest.formats, manifest.exceptions, manifest.static_scales
+    )
     self.expected = {key: value for group in groups for key, value in group.items()}
     self._ocp = orbax()
     try:

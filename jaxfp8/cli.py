@@ -102,7 +102,7 @@ def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + "Stopped.\n").encode())
-  folders = sys.modules.get("jaxfp8.checkpoint_folder")
+  folders = sys.modules.get("jaxfp8.checkpoint_writer")
   if hasattr(folders, "abandon_unfinished"):
     folders.abandon_unfinished()
   os._exit(code)

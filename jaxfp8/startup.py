@@ -17,6 +17,7 @@ from jaxfp8.engine import sizes_up_to
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.progress import Progress
+from jaxfp8.source_arrays import source_granularity
 from jaxfp8.steps import Limits
 from jaxfp8.text import TokenizerFiles
 from jaxfp8.tokenizer import Tokenizer
@@ -74,10 +75,15 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
     recipe, source = _stored_recipe(path, wishes), None
   else:
     source = readers.open_source(path) if not wishes.cache_dir else None
-    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or "channel")
+    own = source_granularity(source) if source else None
+    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or own or "channel")
     if wishes.cache_dir:
       with progress.task("Converting weights") as report:
-        path = cached_checkpoint(path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes))
+        path = cached_checkpoint(
+          path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes), wishes.granularity is None
+        )
+      if wishes.granularity is None:
+        recipe = dataclasses.replace(recipe, granularity=read_manifest(path).recipe.granularity)
   config = source.config if source else read_manifest(path).config
   mesh = checkpoint.make_mesh(config, wishes.tensor, wishes.data)
   with progress.task("Loading weights"):
