@@ -30,6 +30,7 @@ _HOME = {
   "decode": "steps",
   "dequantize": "fp8",
   "load": "convert",
+  "make_mesh": "checkpoint",
   "plan_deployment": "planner",
   "prefill": "steps",
   "quantize": "fp8",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfp8.errors import InputError
+from pallas_kernels.debug import checked_pages
 from pallas_kernels.paged_attention.reference import query_places
 
 
@@ -36,6 +37,15 @@ class _Places:
       if size != wanted:
         by = "the B of lengths_B" if wanted == B else f"one more than the B = {B} of lengths_B"
         raise InputError(f"{who}: {name} must have {axis} = {wanted}, {by}; got {size}. {self._way_out}")
+
+  def checked(self, num_pages: int, page_size: int) -> "_Places":
+    """This batch; under `pallas_kernels.debug_checks` its values are checked first, for a pool of that size."""
+    sizes = {"num_tokens": self.tokens_T.shape[0], "page_size": page_size, "num_pages": num_pages}
+    where = checked_pages(type(self).__name__, self.page_table_BM, self.query_starts, self.lengths_B, **sizes)
+    return self.replace(**{name: x for name, x in zip(_WHERE, where, strict=True) if x is not None})
+
+
+_WHERE = ("page_table_BM", "query_starts", "lengths_B")
 
 
 @flax.struct.dataclass

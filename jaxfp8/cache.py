@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import DATA, KV
 from jaxfp8.errors import InputError
-from jaxfp8.fp8 import DTYPES, quantize_tokens
-from pallas_kernels import page_write
+from jaxfp8.fp8 import DTYPES
 
 PAGE_SIZES = (32, 64, 128)
 DEFAULT_PAGE_SIZE = 64
@@ -87,24 +86,12 @@ class KVCache:
   def unflatten(self, num_layers: int) -> "KVCache":
     return jax.tree.map(lambda leaf: leaf.reshape(num_layers, -1, *leaf.shape[1:]), self)
 
-  def write(
-    self,
-    k_TKH: jax.Array,
-    v_TKH: jax.Array,
-    page_table_BM: jax.Array,
-    query_starts: jax.Array | None,
-    lengths_B: jax.Array,
-    **kernels,
-  ) -> "KVCache":
-    """Puts the keys and values of query tokens into a flattened pool; arguments as in `pallas_kernels.page_write`.
+  @property
+  def pools(self) -> tuple[jax.Array, ...]:
+    """The arrays that there are, in order."""
+    return tuple(pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None)
 
-    Float8 pages get one scale per token and head. In place inside a step whose cache is donated.
-    """
-    if self.k_scale is None:
-      pages, values = (self.k_pages, self.v_pages), (k_TKH.astype(self.k_pages.dtype), v_TKH.astype(self.v_pages.dtype))
-    else:
-      (k, k_scale), (v, v_scale) = quantize_tokens(k_TKH), quantize_tokens(v_TKH)
-      pages, values = (self.k_pages, self.v_pages, self.k_scale, self.v_scale), (k, v, k_scale, v_scale)
-    token_axes = (2, 3, 2, 2)[: len(pages)]
-    written = page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, **kernels)
-    return KVCache(*written, *(None,) * (4 - len(written)))
+  @classmethod
+  def of(cls, pools: tuple[jax.Array, ...]) -> "KVCache":
+    """The cache whose `pools` these are."""
+    return cls(*pools, *(None,) * (4 - len(pools)))

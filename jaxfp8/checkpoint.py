@@ -1,4 +1,4 @@
-"""jaxfp8's own checkpoints as models: `save`, and `load_checkpoint` for any mesh, a few merged weights at a time.
+"""jaxfp8's own checkpoints as models: `save`, and `load_checkpoint` for any mesh, where a process reads only its parts.
 
 The folder itself, and how it is written, is checkpoint_folder.py's business; which key holds what is layout.py's.
 """
@@ -6,11 +6,11 @@ The folder itself, and how it is written, is checkpoint_folder.py's business; wh
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxfp8 import layout
 from jaxfp8.checkpoint_folder import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
@@ -18,11 +18,11 @@ from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
+from jaxfp8.filling import Range, fill
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
-
-_READ_BYTES = 64 << 20  # of weights read together, so that few bytes are in memory twice
+from jaxfp8.widening import widened
 
 
 def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
@@ -63,7 +63,7 @@ def load_checkpoint(
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
   reader = CheckpointReader(pathlib.Path(folder), manifest)
-  return fill(model, layout.widened(reader.read, manifest.exceptions, layout.NUMPY_DTYPES[manifest.recipe.stream]), mesh)
+  return fill(model, widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream]), mesh)
 
 
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
@@ -71,52 +71,31 @@ def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: s
   return Llama(config, recipe, formats=formats, shape=mesh_shape(mesh), implementation=implementation)
 
 
-def fill(model: Llama, read, mesh: Mesh | None) -> Llama:
-  """Puts arrays into an abstract model, a few weights at a time. `read(keys)` gives {key: numpy array}."""
-  for parts in _grouped(layout.parts(model)):
-    arrays = read(tuple(key for part in parts for key in part.keys))
-    for part in parts:
-      value, partition = part.build(arrays), part.weight.get_metadata("partition")
-      part.weight.set_value(jax.tree.map(lambda leaf, spec: _place(leaf, spec, mesh), value, partition))
-  return model
-
-
-def _grouped(parts: Iterable[layout.Part]) -> Iterator[list[layout.Part]]:
-  """Weights to read together: each call of Orbax costs a tenth of a second, so small ones go in one."""
-  group, size = [], 0
-  for part in parts:
-    leaves = jax.tree.leaves(part.weight.get_value())
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    if group and size + num_bytes > _READ_BYTES:
-      yield group
-      group, size = [], 0
-    group.append(part)
-    size += num_bytes
-  if group:
-    yield group
-
-
 def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
-  """The mesh ("data", "kv", "group") for this model over the first tensor * data devices.
+  """The mesh ("data", "kv", "group") for this model over tensor * data devices, equally many of every process.
 
-  Raises InputError if the heads cannot be cut so, or there are too few devices.
+  Neighbours along group, then kv, are of one process as far as they can be, so that copies of the model talk least over the
+  network. Raises InputError if the heads cannot be cut so, there are too few devices, or a process would have no part.
   """
   shape = MeshShape.for_model(config, tensor, data)
-  devices = jax.devices()
-  if shape.num_devices > len(devices):
+  by_process: dict[int, list[jax.Device]] = {}
+  for device in jax.devices():
+    by_process.setdefault(device.process_index, []).append(device)
+  share, rest = divmod(shape.num_devices, len(by_process))
+  if rest:
     raise InputError(
-      f"mesh: tensor={tensor} times data={data} needs {shape.num_devices} devices; {len(devices)} are here. Use fewer."
+      f"mesh: tensor={tensor} times data={data} must be a multiple of the {len(by_process)} processes. Use other sizes."
     )
-  grid = np.array(devices[: shape.num_devices]).reshape(shape.data, shape.kv, shape.group)
-  return Mesh(grid, MESH_AXES)
+  fewest = min(map(len, by_process.values()))
+  if share > fewest:
+    where = f"{fewest} are here" if len(by_process) == 1 else f"{len(by_process)} processes have {fewest} each"
+    raise InputError(f"mesh: tensor={tensor} times data={data} needs {shape.num_devices} devices; {where}. Use fewer.")
+  chosen = [device for process in sorted(by_process) for device in by_process[process][:share]]
+  return Mesh(np.array(chosen).reshape(shape.data, shape.kv, shape.group), MESH_AXES)
 
 
 def mesh_shape(mesh: Mesh | None) -> MeshShape:
   return MeshShape() if mesh is None else MeshShape(*(mesh.shape[axis] for axis in MESH_AXES))
-
-
-def _place(array: np.ndarray, spec: PartitionSpec, mesh: Mesh | None) -> jax.Array:
-  return jax.device_put(array, NamedSharding(mesh, spec) if mesh is not None else None)
 
 
 class CheckpointReader:
@@ -129,24 +108,43 @@ class CheckpointReader:
       manifest.config, manifest.recipe, manifest.formats, manifest.exceptions, manifest.static_scales
     )
     self.expected = {key: value for group in groups for key, value in group.items()}
-    self._ocp = orbax()
+    import tensorstore
+
+    # A Zarr 3 array for each key in an OCDBT store; the name of its folder is Orbax's business.
+    self._store = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
+    self._context = tensorstore.Context()  # shared by all arrays, so that the index is read once
+    ocp = orbax()
     try:
-      with orbax_context(self._ocp):
-        stored = self._ocp.metadata(folder).metadata
+      with orbax_context(ocp):
+        stored = ocp.metadata(folder).metadata
     except Exception as error:  # Orbax raises many kinds for a damaged folder
       raise damaged(self.folder, error) from error
     if not stored:
       raise damaged(self.folder, "Orbax finds no arrays")
     for key, (shape, dtype) in self.expected.items():
-      # Orbax casts silently on restore, so dtypes are compared with the metadata first.
       found = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
       if found != (shape, dtype):
         raise damaged(self.folder, f"{key} must be {dtype} {shape}; the folder has {found}")
 
-  def read(self, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    target = {key: np.broadcast_to(np.zeros((), self.expected[key][1]), self.expected[key][0]) for key in keys}
+  def read(self, ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
+    """All at once: Tensorstore reads in parallel, and of each array only the chunks that the range touches."""
+    import tensorstore
+
     try:
-      with orbax_context(self._ocp):
-        return self._ocp.load(self.folder, target)
+      opened = {where: self._open(tensorstore, where.key) for where in ranges}
+      under_way = {where: where.cut(array.result()).read() for where, array in opened.items()}
+      return {where: array.result() for where, array in under_way.items()}
+    except Exception as error:  # Tensorstore raises ValueError for whatever is not right
+      raise damaged(self.folder, error) from error
+
+  def read_array(self, key: str) -> np.ndarray:
+    import tensorstore
+
+    try:
+      return np.asarray(self._open(tensorstore, key).result().read().result())
     except Exception as error:
       raise damaged(self.folder, error) from error
+
+  def _open(self, tensorstore, key: str):
+    store = {"driver": "ocdbt", "base": f"file://{self._store.resolve()}/", "path": f"{key}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=self._context)

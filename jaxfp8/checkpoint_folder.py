@@ -26,6 +26,7 @@ from jaxfp8.text import TokenizerFiles
 FORMAT_VERSION = 2
 WRITING = ".writing-"  # in the name of a folder that is not finished
 MANIFEST, TOKENIZER, TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
+_CHUNK_BYTES = 8 << 20  # what is read at least of an array: a host reads only its part of a matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,5 +142,6 @@ def orbax():
 def orbax_context(ocp):
   context = ocp.Context()
   context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
+  context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   context.pytree.loading.partial_load = True
   return context

@@ -23,17 +23,17 @@ class CheckpointSource(Source):
     self.path = pathlib.Path(path)
     self.manifest = read_manifest(path)
     self.config = self.manifest.config
-    self._reader = CheckpointReader(self.path, self.manifest)
-    self._keys = {key.partition("[")[0]: key for key in self._reader.expected}
+    self.reader = CheckpointReader(self.path, self.manifest)
+    self._keys = {key.partition("[")[0]: key for key in self.reader.expected}
 
   def names(self) -> tuple[str, ...]:
     return tuple(expected_tensors(self.config))
 
   def dtype(self, name: str) -> np.dtype:
-    return self._reader.expected[self._keys[name]][1]
+    return self.reader.expected[self._keys[name]][1]
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self._reader.expected[self._keys[name]][0]
+    return self.reader.expected[self._keys[name]][0]
 
   def read(self, name: str) -> np.ndarray:
     array = self._read(name)
@@ -58,8 +58,7 @@ class CheckpointSource(Source):
     return self._read(name)
 
   def _read(self, name: str) -> np.ndarray:
-    key = self._keys[name]
-    return np.asarray(self._reader.read((key,))[key])
+    return self.reader.read_array(self._keys[name])
 
   @property
   def tokenizer(self) -> TokenizerFiles:

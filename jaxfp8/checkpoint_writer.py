@@ -88,7 +88,7 @@ class CheckpointWriter:
           ocp.partial.save(self._temporary, dict(arrays))
         if self._journal:
           (group,) = set(self._groups()) - before
-          _sync_tree(self._partial / group)
+          sync_tree(self._partial / group)
           _sync(self._partial)
           self._note({"group": group, "sums": sums})
         self.done |= sums
@@ -137,7 +137,7 @@ class CheckpointWriter:
     if self._late:
       manifest = dataclasses.replace(manifest, provenance={**manifest.provenance, **self._late()})
     (self._temporary / MANIFEST).write_text(manifest.to_json(files, sums), encoding="utf-8")
-    _sync_tree(self._temporary)
+    sync_tree(self._temporary)
     os.rename(self._temporary, self.folder)
     _sync(self.folder.parent)
 
@@ -248,7 +248,7 @@ def _glob_escape(name: str) -> str:
   return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _sync_tree(folder: pathlib.Path) -> None:
+def sync_tree(folder: pathlib.Path) -> None:
   for root, _, names in os.walk(folder):
     for name in names:
       _sync(pathlib.Path(root) / name)

@@ -12,6 +12,7 @@ import pathlib
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 from absl import flags
@@ -53,7 +54,7 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) 
   try:
     arguments = flag_values(sys.argv)
     if not flag_values.debug:
-      _silence_libraries()
+      silence_libraries()
     code = _run_interruptibly(main, arguments)
     sys.stdout.flush()
   except (InputError, flags.Error) as error:
@@ -65,6 +66,13 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) 
     with contextlib.suppress(OSError):
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code = 1
+  except Exception:
+    if not (hosts := sys.modules.get("jaxfp8.hosts")) or hosts.count() == 1:
+      raise
+    traceback.print_exc()
+    code = 1
+  if hosts := sys.modules.get("jaxfp8.hosts"):
+    hosts.leave(code or 0)
   sys.exit(code or 0)
 
 
@@ -102,13 +110,16 @@ def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + "Stopped.\n").encode())
+  hosts = sys.modules.get("jaxfp8.hosts")
+  if hasattr(hosts, "announce"):
+    hosts.announce("Stopped.")
   folders = sys.modules.get("jaxfp8.checkpoint_writer")
   if hasattr(folders, "abandon_unfinished"):
     folders.abandon_unfinished()
   os._exit(code)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
   """Orbax logs a damaged checkpoint in pages, and then we say it in a sentence."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, readers
+from jaxfp8 import checkpoint, filling, layout, readers
 from jaxfp8.checkpoint import load_checkpoint
 from jaxfp8.checkpoint_folder import FORMAT_VERSION, Manifest, is_checkpoint, read_manifest
 from jaxfp8.checkpoint_source import open_any
@@ -26,6 +26,7 @@ from jaxfp8.model import Llama
 from jaxfp8.readers import Source
 from jaxfp8.source_arrays import SourceArrays, has_inputs, source_granularity
 from jaxfp8.text import TokenizerFiles
+from jaxfp8.widening import widened
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)
 _WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
@@ -178,7 +179,8 @@ def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, imp
   """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
   arrays = SourceArrays(source, recipe)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
-  return checkpoint.fill(model, arrays.read_for_model, mesh)
+  read = widened(filling.whole_arrays(arrays.read), arrays.exceptions, arrays.expected, layout.NUMPY_DTYPES[recipe.stream])
+  return filling.fill(model, read, mesh)
 
 
 def read_tokenizer(path: str | os.PathLike | None = None) -> TokenizerFiles | None:

@@ -20,6 +20,11 @@ def sum_over(x: jax.Array, axes: Axes) -> jax.Array:
   return x if axes is None else jax.lax.psum(x, axes)
 
 
+def scatter_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """Sums over mesh axes, and leaves each device its part of the rows; `concatenate_over` puts them together again."""
+  return x if axes is None else jax.lax.psum_scatter(x, axes, scatter_dimension=0, tiled=True)
+
+
 def max_over(x: jax.Array, axes: Axes) -> jax.Array:
   return x if axes is None else jax.lax.pmax(x, axes)
 
@@ -32,3 +37,8 @@ def index_over(axes: Axes) -> jax.Array | int:
 def gather_over(x: jax.Array, axes: Axes) -> jax.Array:
   """Every device's x stacked along a new leading axis."""
   return x[None] if axes is None else jax.lax.all_gather(x, axes)
+
+
+def concatenate_over(x: jax.Array, axes: Axes) -> jax.Array:
+  """Every device's x joined along the first axis."""
+  return x if axes is None or jax.lax.axis_size(axes) == 1 else jax.lax.all_gather(x, axes, tiled=True)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import cache, memory
+from jaxfp8 import cache, hosts, memory
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.checkpoint import make_mesh, mesh_shape
 from jaxfp8.errors import InputError
@@ -64,7 +64,8 @@ class Engine:
   Args:
     model: with arrays, from `load` (for the same mesh) or the user's own.
     tokenizer: needed for text prompts, text output and stop strings; None works with token ids alone.
-    mesh: from `make_mesh`; None is one device.
+    mesh: from `make_mesh`; None is one device. Where it spans processes, each of them makes the same engine and the same calls
+      with the same requests, and each gets all completions.
     limits: static sizes; None makes room for 8 sequences of the model's full context, or what memory holds.
 
   Raises InputError when the KV pool is larger than the memory that is free.
@@ -75,7 +76,7 @@ class Engine:
   ):
     self.config, self.tokenizer = model.config, tokenizer
     mesh = mesh or make_mesh(model.config)
-    self.limits = limits or default_limits(model)
+    self.limits = limits or default_limits(model, mesh)
     self.kv_bytes = memory.require_kv_fits(model, self.limits, mesh)
     self.mesh_shape = mesh_shape(mesh)
     self.steps = CompiledSteps(model, mesh, self.limits)
@@ -100,6 +101,8 @@ class Engine:
   def stream(self, requests: Seq[Request]) -> Iterator[Delta]:
     """Like `generate`, giving out each piece of text as soon as it is certain. Raises InputError before anything runs."""
     self.compile()
+    if hosts.spans_processes(self.steps.mesh):
+      hosts.require_same({"requests": [[request.prompt, dataclasses.asdict(request.params)] for request in requests]})
     scheduler, outputs = self._admit(requests)
     previous, before = None, time.perf_counter()
     while scheduler.has_work or previous:
@@ -192,11 +195,10 @@ class Engine:
       yield delta
 
 
-def default_limits(model: Llama, max_sequences: int = 8) -> Limits:
+def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> Limits:
   """Room for max_sequences of the model's full context, or for what fits into half of the free memory."""
   max_pages = -(-model.config.max_context // cache.DEFAULT_PAGE_SIZE)
-  page_bytes = cache.KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
-  affordable = memory.free_bytes(jax.devices()[0]) // 2 // page_bytes
+  affordable = memory.room_for_pages(model, mesh, 0.5)
   return Limits(
     num_pages=max(1, min(max_sequences * max_pages, affordable)),
     max_sequences=max_sequences,

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxfp8.config import BLOCK
 from jaxfp8.errors import InputError
+from pallas_kernels.float8 import FLOAT8, MAX, quantize_tokens, scale_of, to_float8
 
-FLOAT8 = jnp.float8_e4m3fn
-MAX = 448.0  # largest finite e4m3fn value (OCP 8-bit floating point specification, table 1)
+__all__ = ["DTYPES", "FLOAT8", "MAX", "QArray", "dequantize", "quantize", "quantize_tokens", "scale_of", "to_float8"]
 
 DTYPES = {"fp8": FLOAT8, "bf16": jnp.bfloat16, "f32": jnp.float32}
 
@@ -69,29 +69,6 @@ def dequantize(q: QArray) -> jax.Array:
   rows = 1 << (per_row - 1).bit_length()  # the last block may be ragged: 130 rows with two scales are 128 and 2
   scale = jnp.repeat(jnp.repeat(scale, rows, axis=0)[:F], BLOCK, axis=1)[:, :D]
   return q.qvalue.astype(jnp.float32) * scale
-
-
-def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """One dynamic scale per vector along the last axis: x [..., D] -> (float8 [..., D], float32 [...]).
-
-  For activations that is a scale per token; for keys and values [T, K, H], one per token and head.
-  """
-  x = x.astype(jnp.float32)
-  scale = scale_of(jnp.max(jnp.abs(x), axis=-1))
-  return to_float8(x * (1 / scale)[..., None]), scale
-
-
-_TINY = 2.0**-100  # below this a scale would be subnormal, which hardware flushes to 0
-
-
-def scale_of(amax: jax.Array) -> jax.Array:
-  """float32 amax * float32(1 / 448), and 1 where amax is (next to) 0."""
-  return jnp.where(amax > _TINY, amax * (1 / MAX), 1.0).astype(jnp.float32)
-
-
-def to_float8(x: jax.Array) -> jax.Array:
-  """Rounds to nearest even, saturating at +-448."""
-  return jnp.clip(x, -MAX, MAX).astype(FLOAT8)
 
 
 def _quantize_blocks(w: jax.Array) -> QArray:

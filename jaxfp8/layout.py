@@ -8,15 +8,16 @@ In a checkpoint: one array per layer and matrix, unmerged, [out, in], Hugging Fa
     model.layers.3.self_attn.k_scale[K]            float32, where it has scales of keys (v_scale: values), one a KV head
 
 What cannot be part of a merged array as it is (float8 beside a bf16 neighbour, other scales than the recipe's, a float8 head)
-is stored as it came, listed in the manifest's `exceptions`, and `widened` when it is loaded.
+is stored as it came, listed in the manifest's `exceptions`, and widened when it is loaded (widening.py).
 
 In a model: merged, padded, replicated for a mesh and stacked per segment (see model.py). Numpy only, no I/O: `parts` says
-which arrays each model weight is built from and how; `split_layer` takes one layer of a model apart again.
+from which rows or columns of which arrays each model weight is built (filling.py does it); `split_layer` takes one layer of a
+model apart again.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import jax
@@ -28,8 +29,6 @@ from jaxfp8.config import BLOCK, LlamaConfig, Recipe
 from jaxfp8.fp8 import QArray
 from jaxfp8.layers import DecoderLayer, LayerFormat
 from jaxfp8.model import Llama
-
-Arrays = Mapping[str, np.ndarray]
 
 NUMPY_DTYPES = {
   "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -121,91 +120,118 @@ def static_key(name: str) -> str:
   return name + ("[K]" if name.endswith((".k_scale", ".v_scale")) else "[]")
 
 
-def widened(read: Callable[[tuple[str, ...]], Arrays], exceptions: Mapping[str, str], dtype: np.dtype):
-  """`read` for a model: what is stored as float8 and cannot stay so within its merged array comes in `dtype`."""
+def dequantize(weight: np.ndarray, scale: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
+  """float32 [out, in] of a float8 weight with scales per channel or per block of 128.
 
-  def read_widened(keys: tuple[str, ...]) -> Arrays:
-    scales = {key: scale_of_key(key, exceptions[split_key(key)[0]]) for key in keys if split_key(key)[0] in exceptions}
-    arrays = dict(read((*keys, *scales.values())))
-    for key, scale in scales.items():
-      arrays[key] = dequantize(arrays[key], arrays.pop(scale)).astype(dtype)
-    return arrays
-
-  return read_widened if exceptions else read
-
-
-def dequantize(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """float32 [out, in] of a float8 weight with scales per channel or per block of 128."""
+  row, column: where in the matrix that `scale` belongs to this part of it begins.
+  """
   wide = weight.astype(np.float32)
   if scale.ndim == 1:
-    wide *= scale[:, None]
+    wide *= scale[row : row + len(wide), None]
     return wide
-  for row, factors in enumerate(scale):
-    wide[row * BLOCK : (row + 1) * BLOCK] *= np.repeat(factors, BLOCK)[: wide.shape[1]]
+  factors = scale[(row + np.arange(len(wide))) // BLOCK]
+  for block in range(column // BLOCK, -(-(column + wide.shape[1]) // BLOCK)):
+    wide[:, max(0, block * BLOCK - column) : (block + 1) * BLOCK - column] *= factors[:, block, None]
   return wide
 
 
 @dataclasses.dataclass(frozen=True)
+class Leaf:
+  """How one array of a model is built from checkpoint arrays, so that any part of it can be built alone.
+
+  like: the model's array. keys: the checkpoint arrays that it is merged from, for each layer of its segment; one entry where it
+    has no layer axis. axis: of the checkpoint arrays, the one that is merged, padded and cut (0 rows, 1 columns).
+  places: for each place along the merged axes where it comes from, `matrix * STRIDE + row` (or column); -1 is padding.
+  filler: what padding holds. repeat: with columns, how often each row of a checkpoint array stands in the model's.
+  """
+
+  like: jax.ShapeDtypeStruct
+  keys: tuple[tuple[str, ...], ...]
+  layered: bool
+  axis: int
+  places: np.ndarray
+  filler: float = 0
+  repeat: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
-  """One model weight: `build` makes its value (numpy, or QArray of numpy) from the checkpoint arrays `keys`."""
+  """One model weight; `leaves` in the order of `jax.tree.leaves` of its value."""
 
   weight: nnx.Param
-  keys: tuple[str, ...]
-  build: Callable[[Arrays], np.ndarray | QArray]
+  leaves: tuple[Leaf, ...]
+
+
+STRIDE = 1 << 32  # more than any matrix has rows
 
 
 def parts(model: Llama) -> Iterator[Part]:
   """Every weight of a model in the order of its computation."""
-  rows = model.embedding.get_value().shape[0]
-  yield Part(model.embedding, (EMBEDDING,), lambda arrays: _pad(arrays[EMBEDDING], rows))
+  yield _table(model, model.embedding, EMBEDDING)
+  shapes = checkpoint_arrays(model.config, model.recipe, tuple(model.formats))
   for segment, (start, stop, layer_format) in zip(model.segments, model.segment_bounds(), strict=True):
     for name, norm in _NORMS.items():
-      keys = tuple(weight_key(layer, norm, "D") for layer in range(start, stop))
-      yield Part(getattr(segment, name).weight, keys, lambda arrays, keys=keys: np.stack([arrays[key] for key in keys]))
+      keys = tuple((weight_key(layer, norm, "D"),) for layer in range(start, stop))
+      weight = getattr(segment, name).weight
+      yield Part(weight, (Leaf(weight.get_value(), keys, True, 0, np.arange(model.config.d_model)),))
     for merged in _MATRICES:
-      yield _stacked(model, segment, merged, range(start, stop), getattr(layer_format, merged))
-  yield Part(model.final_norm.weight, (FINAL_NORM,), lambda arrays: arrays[FINAL_NORM])
+      linear = merged_linear(segment, merged)
+      yield _stacked(model, linear.weight, merged, range(start, stop), getattr(layer_format, merged), shapes[1 + start])
+  final = model.final_norm.weight
+  yield Part(final, (Leaf(final.get_value(), ((FINAL_NORM,),), False, 0, np.arange(model.config.d_model)),))
   if not model.config.tied_embeddings:
-    yield Part(model.head.weight, (HEAD,), lambda arrays: _pad(arrays[HEAD], rows))
+    yield _table(model, model.head.weight, HEAD)
+
+
+def _table(model: Llama, weight: nnx.Param, key: str) -> Part:
+  like = weight.get_value()
+  rows = _pad(np.arange(model.config.vocab_size), like.shape[0], filler=-1)
+  return Part(weight, (Leaf(like, ((key,),), False, 0, rows),))
 
 
 def merged_linear(segment: DecoderLayer, merged: str):
   return getattr(segment.attention if merged in ("qkv", "o") else segment.mlp, merged)
 
 
-def _stacked(model: Llama, segment: DecoderLayer, merged: str, layers: range, dtype: str) -> Part:
-  """The part of one merged matrix over the layers of a segment."""
-  weight = merged_linear(segment, merged).weight
+def _stacked(model: Llama, weight: nnx.Param, merged: str, layers: range, dtype: str, shapes) -> Part:
+  """The part of one merged matrix over the layers of a segment; `shapes` are those of one layer's checkpoint arrays."""
   target, granularity = weight.get_value(), model.recipe.granularity
-  columns = [(matrix, letters) for matrix, letters in _MATRICES[merged].items()]
-  weights = [[weight_key(layer, *column) for column in columns] for layer in layers]
-  scales = [[scale_key(layer, *column, granularity) for column in columns] for layer in layers] if dtype == "fp8" else []
+  columns = list(_MATRICES[merged].items())
+  axis = 1 if merged in ("o", "down") else 0
 
-  def fill(arrays: Arrays, rows: list[list[str]], like: jax.ShapeDtypeStruct, merge) -> np.ndarray:
-    out = np.empty(like.shape, like.dtype)
-    for place, keys in zip(out, rows, strict=True):
-      place[...] = merge([arrays[key] for key in keys], place.shape)
-    return out
+  def keys_of(name):
+    return tuple(tuple(name(layer, *column) for column in columns) for layer in layers)
 
-  def build(arrays: Arrays):
-    merge = _MERGE[merged]
+  def counts(keys, along):
+    return [shapes[key][0][along] for key in keys[0]]
 
-    def weight_of(matrices, shape):
-      return merge(model, matrices, shape, 0)
+  keys = keys_of(weight_key)
+  whole = target.qvalue if dtype == "fp8" else target
+  leaf = Leaf(whole, keys, True, axis, _places(model, merged, whole.shape[1:], counts(keys, axis), axis))
+  if dtype != "fp8":
+    return Part(weight, (leaf,))
+  keys = keys_of(lambda *where: scale_key(*where, granularity))
+  scale = target.scale
+  if granularity != "block128":
+    places = np.arange(scale.shape[1]) if axis else _places(model, merged, (*scale.shape[1:], 1), counts(keys, 0), 0)
+    return Part(weight, (leaf, Leaf(scale, keys, True, 0, places, 1)))
+  unit = math.gcd(BLOCK, whole.shape[-2])
+  rows = None if axis else [size // unit for size in _output_rows(model, merged)]
+  places = _places(model, merged, scale.shape[1:], counts(keys, axis), axis, rows, BLOCK // unit)
+  return Part(weight, (leaf, Leaf(scale, keys, True, axis, places, 1, BLOCK // unit if axis else 1)))
 
-    if dtype != "fp8":
-      return fill(arrays, weights, target, weight_of)
 
-    def scale_of(matrices, shape):
-      if granularity == "block128":
-        unit = math.gcd(BLOCK, target.qvalue.shape[-2])
-        size = [arrays_rows // unit for arrays_rows in _output_rows(model, merged)]
-        matrices = [np.repeat(m, BLOCK // unit, axis=0)[:rows] for m, rows in zip(matrices, size, strict=True)]
-      return merge(model, matrices, shape, 1)
+def _places(model: Llama, merged: str, shape, counts: list[int], axis: int, rows=None, repeat: int = 1) -> np.ndarray:
+  """`Leaf.places`: where rows or columns go is seen by merging their numbers instead of them.
 
-    return QArray(fill(arrays, weights, target.qvalue, weight_of), fill(arrays, scales, target.scale, scale_of))
-
-  return Part(weight, tuple(key for rows in (weights, scales) for keys in rows for key in keys), build)
+  shape: of one layer's merged array. rows: how many of the repeated rows each matrix has.
+  """
+  numbers = [matrix * STRIDE + np.arange(count) for matrix, count in enumerate(counts)]
+  if axis:
+    return _MERGE[merged](model, [own[None] for own in numbers], (1, shape[-1]), -1)[0]
+  if rows:
+    numbers = [np.repeat(own, repeat)[:size] for own, size in zip(numbers, rows, strict=True)]
+  return _MERGE[merged](model, numbers, shape[:-1], -1)
 
 
 def _output_rows(model: Llama, merged: str) -> list[int]:
@@ -213,7 +239,7 @@ def _output_rows(model: Llama, merged: str) -> list[int]:
   c = model.config
   if merged == "qkv":
     return [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-  return [-(-c.d_ff // BLOCK) * BLOCK] * 2 if merged == "gate_up" else [c.d_model]
+  return [-(-c.d_ff // BLOCK) * BLOCK] * 2
 
 
 def _merge_qkv(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
@@ -234,7 +260,7 @@ def _merge_o(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndar
   """Columns in the order in which devices hold query heads: (kv, group, its KV head, its query head, row in head)."""
   (o,) = matrices
   K, mesh = model.config.num_kv_heads, model.shape
-  if o.ndim == 1 or mesh.group == 1:  # scales per channel; heads in their own order
+  if mesh.group == 1:  # heads in their own order
     return o
   return o.reshape(len(o), mesh.kv, K // mesh.kv, mesh.group, -1).swapaxes(2, 3).reshape(shape)
 

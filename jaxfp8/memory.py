@@ -1,8 +1,9 @@
-"""How much memory a device has free, and whether a KV pool fits into it."""
+"""How much memory devices have free, and whether a KV pool fits into it: the same answer in every process."""
 
 import jax
 from jax.sharding import Mesh
 
+from jaxfp8 import hosts
 from jaxfp8.cache import KVCache
 from jaxfp8.dims import KV
 from jaxfp8.errors import InputError
@@ -20,14 +21,29 @@ def free_bytes(device: jax.Device) -> int:
   return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
 
 
+def room_for_pages(model: Llama, mesh: Mesh, share: float) -> int:
+  """Pages of a data shard's pool that `share` of the free memory holds, where the least of it is free."""
+  page_bytes = KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
+  room = int(least_free_bytes(mesh) * share) // _sharing(mesh)
+  return room * mesh.shape[KV] // page_bytes
+
+
+def least_free_bytes(mesh: Mesh) -> int:
+  """What is free for a device of the mesh (on CPUs: for all of a process's), in the process that has least."""
+  free = free_bytes(mesh.local_devices[0])
+  return hosts.least(free) if hosts.spans_processes(mesh) else free
+
+
+def _sharing(mesh: Mesh) -> int:
+  """Devices of the mesh that share one memory: on a CPU all of a process."""
+  return len(mesh.local_devices) if mesh.local_devices[0].platform == "cpu" else 1
+
+
 def require_kv_fits(model: Llama, limits: Limits, mesh: Mesh) -> int:
   """Bytes of the KV pool over all devices. Raises InputError if a device's part is more than it has free."""
   shards = mesh.devices.shape[0]
   pool = KVCache.abstract(model.config, limits.num_pages * shards, model.recipe.kv, limits.page_size).nbytes
-  devices = mesh.devices.size
-  per_device = pool // (shards * mesh.shape[KV])
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  needed, free = (per_device * devices if on_cpu else per_device), free_bytes(mesh.devices.flat[0])
+  needed, free = pool // (shards * mesh.shape[KV]) * _sharing(mesh), least_free_bytes(mesh)
   if needed > free:
     raise InputError(
       f"engine: a KV pool of {limits.num_pages} pages of {limits.page_size} tokens needs {needed / 1e9:.2f} GB; "

@@ -5,7 +5,7 @@
     logits_TV = model.logits(hidden_TD)
 
 Layers are stacked: every weight of a segment (a maximal run of layers with equal formats) is one array with a leading
-layer axis, and `lax.scan` runs the segment. The model's only collective is `dims.sum_over`, the identity with no mesh.
+layer axis, and `lax.scan` runs the segment. Its collectives are those of dims.py, identities with no mesh.
 Refuses to know: where weights come from, how steps are compiled, how tokens are chosen.
 """
 
@@ -20,11 +20,13 @@ import pallas_kernels
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.config import LlamaConfig, Recipe
-from jaxfp8.dims import TENSOR, Axes, index_over, sum_over
+from jaxfp8.dims import TENSOR, Axes, index_over
 from jaxfp8.errors import InputError
 from jaxfp8.layers import DecoderLayer, LayerBuilder, LayerFormat, Linear, RMSNorm, Runtime, StepContext
 from jaxfp8.mesh import MeshShape
 from pallas_kernels.float8_bytes import loop_views
+
+_CUT_ROWS_FROM = 512  # tokens
 
 
 class Llama(nnx.Module):
@@ -60,7 +62,7 @@ class Llama(nnx.Module):
     self.segments = nnx.List(
       DecoderLayer(builder.with_layers(stop - start), layer_format) for start, stop, layer_format in self.segment_bounds()
     )
-    self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps)
+    self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps, self.runtime)
     if not config.tied_embeddings:
       self.head = Linear(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), PartitionSpec(TENSOR), self.runtime)
 
@@ -87,37 +89,52 @@ class Llama(nnx.Module):
     batch.check()
     cache.check(self.config, self.config.num_kv_heads // (1 if self.runtime.axes is None else self.shape.kv))
     num_pages = cache.k_pages.shape[1]
-    context = StepContext.of(batch, self.config)
-    x, pool, layer = self.embed(batch.tokens_T), cache.flatten(), 0
+    batch = batch.checked(num_pages, cache.page_size)
+    context = StepContext.of(batch, self.config, self.row_axes(batch))
+    x, pool, layer = context.reduce(self.own_rows(batch.tokens_T), self.runtime.axes), cache.flatten(), 0
+    y = jnp.zeros_like(x)  # what the last sublayer has still to add
     pack, unpack = loop_views(self.runtime.target)
     for segment in self.segments:
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        (x, pool), (index, weights) = unpack(carry), unpack(inputs)
-        return pack(nnx.merge(graph, weights)(x, pool, context.at_layer(index, num_pages))), None
+        (x, y, pool), (first_page, weights) = unpack(carry), unpack(inputs)
+        return pack(nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))), None
 
       length = segment.attention_norm.weight.get_value().shape[0]
-      carry, _ = jax.lax.scan(run_layer, pack((x, pool)), pack((layer + jnp.arange(length), stacked)))
-      x, pool = unpack(carry)
+      carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
+      x, y, pool = unpack(carry)
       layer += length
-    return self.final_norm(x), pool.unflatten(self.config.num_layers)
+    return context.whole(self.final_norm(x, y, self.output)[1]), pool.unflatten(self.config.num_layers)
 
-  def embed(self, tokens_T: jax.Array) -> jax.Array:
-    """Rows of the embedding [T, D]. Cut over the vocabulary, each device gives the rows that it has."""
+  def row_axes(self, batch: PrefillBatch | DecodeBatch) -> Axes:
+    """Mesh axes over which the rows of the residual stream are cut; None: every device has all of them.
+
+    In a long prefill each device adds, norms and rounds its part of the rows: an eighth of that traffic on eight devices, and
+    what is gathered is float8. A short one would pay more for the second collective than it saves (docs/multi-host.md).
+    """
+    T, tensor = batch.tokens_T.shape[0], self.shape.tensor
+    worth_it = batch.query_starts is not None and T >= _CUT_ROWS_FROM and T % tensor == 0
+    return self.runtime.axes if tensor > 1 and worth_it else None
+
+  def own_rows(self, tokens_T: jax.Array) -> jax.Array:
+    """Rows of the embedding [T, D]; cut over the vocabulary, zeros where another device has the row."""
     table = self.embedding.get_value()
     local = tokens_T - index_over(self.runtime.axes) * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
-    rows = jnp.where(mine[:, None], table[jnp.clip(local, 0, table.shape[0] - 1)], 0)
-    return sum_over(rows, self.runtime.axes)
+    return jnp.where(mine[:, None], table[jnp.clip(local, 0, table.shape[0] - 1)], 0)
+
+  @property
+  def output(self) -> Linear:
+    """The head, which may be the embedding."""
+    return Linear(self.embedding.get_value(), PartitionSpec(), self.runtime) if self.config.tied_embeddings else self.head
 
   def logits(self, hidden_TD: jax.Array) -> jax.Array:
     """float32 [T, V]; under a mesh [T, V / tensor], this device's part of the (padded) vocabulary.
 
     Entries of padding are -inf.
     """
-    head = Linear(self.embedding.get_value(), PartitionSpec(), self.runtime) if self.config.tied_embeddings else self.head
-    logits = head(hidden_TD, out_dtype=jnp.float32)
+    logits = self.output(hidden_TD, out_dtype=jnp.float32)
     size = logits.shape[-1]
     token = index_over(self.runtime.axes) * size + jnp.arange(size)
     return jnp.where(token < self.config.vocab_size, logits, -jnp.inf)

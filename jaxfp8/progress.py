@@ -19,15 +19,16 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-  """Use as a context manager around everything slow; nothing may be printed to stderr meanwhile."""
+  """Use as a context manager around everything slow; nothing may be printed to stderr meanwhile. `silent` shows nothing."""
 
-  def __init__(self, rate: bool = False):
+  def __init__(self, silent: bool = False, rate: bool = False):
     """rate: also GB/s and the time left, where bytes are counted."""
+    self._silent = silent
     self._console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
     if rate:
       columns = (*columns, TransferSpeedColumn(), TimeRemainingColumn())
-    self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal else None
+    self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal and not silent else None
 
   def __enter__(self) -> "Progress":
     if self._bar:
@@ -53,5 +54,5 @@ class Progress:
     finally:
       if self._bar:
         self._bar.remove_task(task)
-    if not self._bar and (seconds := time.perf_counter() - start) > 0.5:
+    if not self._bar and not self._silent and (seconds := time.perf_counter() - start) > 0.5:
       print(f"{title} took {seconds:.1f} s.", file=sys.stderr)

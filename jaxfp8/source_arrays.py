@@ -120,10 +120,6 @@ class SourceArrays:
       arrays |= self._convert(module, wanted)
     return arrays
 
-  def read_for_model(self, keys: tuple[str, ...]):
-    """{key: array} as a model's merged matrices want them."""
-    return layout.widened(self.read, self.exceptions, layout.NUMPY_DTYPES[self.recipe.stream])(keys)
-
   def _convert(self, module: str, keys: list[str]) -> dict[str, np.ndarray]:
     name = f"{module}.weight"
     is_scale = [".scale[" in key for key in keys]

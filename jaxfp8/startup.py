@@ -1,8 +1,10 @@
 """From a path and some wishes to a model, a tokenizer and an engine's sizes: what every command does before it computes."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 import pallas_kernels
-from jaxfp8 import cache, checkpoint, convert, memory, readers
+from jaxfp8 import cache, checkpoint, convert, hosts, memory, readers
 from jaxfp8.checkpoint_folder import is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.engine import sizes_up_to
@@ -21,7 +23,7 @@ from jaxfp8.source_arrays import source_granularity
 from jaxfp8.steps import Limits
 from jaxfp8.text import TokenizerFiles
 from jaxfp8.tokenizer import Tokenizer
-from jaxfp8.weights_cache import cached_checkpoint
+from jaxfp8.weights_cache import cached_checkpoint, fingerprint
 
 MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
 _MAX_CPU_DEVICES = 64  # they are threads, and each costs milliseconds to start
@@ -79,12 +81,17 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
     recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or own or "channel")
     if wishes.cache_dir:
       with progress.task("Converting weights") as report:
-        path = cached_checkpoint(
-          path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes), wishes.granularity is None
-        )
+        if hosts.count() > 1:
+          path = _convert_apart(path, recipe, wishes)
+        else:
+          path = cached_checkpoint(
+            path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes), wishes.granularity is None
+          )
       if wishes.granularity is None:
         recipe = dataclasses.replace(recipe, granularity=read_manifest(path).recipe.granularity)
   config = source.config if source else read_manifest(path).config
+  if hosts.count() > 1:
+    hosts.require_same({"checkpoint": fingerprint(path), "recipe": dataclasses.asdict(recipe)})
   mesh = checkpoint.make_mesh(config, wishes.tensor, wishes.data)
   with progress.task("Loading weights"):
     if source:
@@ -94,6 +101,22 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
       model = convert.load(path, recipe, mesh=mesh, implementation=wishes.implementation)
       files = read_manifest(path).tokenizer
   return Opened(model, mesh, str(wishes.checkpoint or config.name), files)
+
+
+def _convert_apart(path: pathlib.Path, recipe: Recipe, wishes: Wishes) -> pathlib.Path:
+  """`cached_checkpoint` in a process that is none of many (conversion_child.py says why)."""
+  what = {name: getattr(wishes, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
+  what |= {"path": str(path), "recipe": dataclasses.asdict(recipe), "own_granularity": wishes.granularity is None}
+  command = [sys.executable, "-m", "jaxfp8.conversion_child", json.dumps(what)]
+  ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
+  try:
+    answer = json.loads(ran.stdout.splitlines()[-1])
+  except (ValueError, IndexError) as error:
+    why = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
+    raise InputError(f"generate: converting {path} failed ({why}). Convert it on one host and pass the result.") from error
+  if "error" in answer:
+    raise InputError(answer["error"])
+  return pathlib.Path(answer["folder"])
 
 
 def _check_source(source: readers.Source, wishes: Wishes) -> None:
@@ -114,15 +137,22 @@ def require_implementation(name: str) -> None:
 
 
 def require_devices(count: int) -> None:
-  """As many CPU devices as are asked for, before JAX starts; GPUs are what they are (see checkpoint.make_mesh)."""
+  """As many CPU devices as this process's part is, before JAX starts; GPUs are what they are (see checkpoint.make_mesh)."""
   if count > _MAX_CPU_DEVICES and os.environ.get("JAX_PLATFORMS") == "cpu":
     raise InputError(f"mesh: --tensor times --data must be at most {_MAX_CPU_DEVICES} on a CPU; got {count}. Use fewer.")
+  if count % hosts.count():
+    raise InputError(
+      f"mesh: --tensor times --data must be a multiple of the {hosts.count()} processes; got {count}. Use other sizes."
+    )
+  count //= hosts.count()
   if (
     count > 1
     and os.environ.get("JAX_PLATFORMS") == "cpu"
     and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   ):
     jax.config.update("jax_num_cpu_devices", count)
+  if hosts.count() > 1:
+    jax.devices()  # waits for all processes, and one that converts weights needs devices while another may not
 
 
 def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:
@@ -160,11 +190,7 @@ def _rounded(pages: int) -> int:
 
 def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
   """`pages` rounded up, or what nine tenths of the free memory hold; never fewer than `least`, which the engine refuses."""
-  shards = mesh.devices.shape[0]
-  page_bytes = cache.KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
-  device = mesh.devices.flat[0]
-  room = memory.free_bytes(device) * 9 // 10
-  fitting = room // (page_bytes * shards) if device.platform == "cpu" else room * model.shape.kv // page_bytes
+  fitting = memory.room_for_pages(model, mesh, 0.9)
   if fitting < least:
     return least
   if fitting < pages:
@@ -190,7 +216,7 @@ def _recipe(wishes: Wishes, weights: str, granularity: str) -> Recipe:
 
 
 def _has_fp8_units() -> bool:
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   if device.platform == "cpu":
     return False
   major, _, minor = str(device.compute_capability).partition(".")

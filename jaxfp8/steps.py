@@ -5,7 +5,8 @@
 
 A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even where all are 1, one program per kind
 and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next step can be
-started before anyone has read them. Refuses to know requests, text and which sequence owns which page.
+started before anyone has read them; what is returned is whole on every device.
+Refuses to know requests, text and which sequence owns which page.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import time
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,11 +25,11 @@ from jaxfp8 import program_cache
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import DEFAULT_PAGE_SIZE, KVCache
 from jaxfp8.checkpoint import mesh_shape
-from jaxfp8.dims import DATA, TENSOR
+from jaxfp8.dims import DATA, TENSOR, concatenate_over
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.sampling import Sampled, SamplingBatch, sample
-from pallas_kernels import Target
+from pallas_kernels import Target, conformance, debug
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
@@ -122,6 +124,7 @@ class CompiledSteps:
     self._graph, self._tree, weights, self._specs = _split_for_mesh(model, mesh)
     self._target = Target.of(mesh.devices.flat[0])
     self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
+    self._kernels = model.runtime.implementation not in ("xla", "reference")
     self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
     self._identity = repr((model.config, model.recipe, model.formats, model.shape, model.runtime, mesh_shape(mesh), limits))
 
@@ -134,28 +137,40 @@ class CompiledSteps:
     return jax.jit(self._empty_state, out_shardings=self._shardings(self._state_specs()))()
 
   def compile(self, kind: str, size: int) -> jax.stages.Compiled:
-    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once."""
+    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once.
+
+    On the first use of a GPU its kernels are compared with plain XLA. Raises InputError where they differ.
+    """
     if (kind, size) not in self._programs:
       start = time.perf_counter()
+      self._require_kernels()
       key = f"{kind} {size} {self._identity}"
       program = program_cache.load(key, self.mesh)
       if program is None:
-        program = self.lower(kind, size).compile()
+        with debug.unchecked():  # `run` looks at the arrays, which it has at hand
+          program = self.lower(kind, size).compile()
         program_cache.store(key, program, self.mesh)
       self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
     return self._programs[kind, size]
 
+  def _require_kernels(self) -> None:
+    if self._kernels:
+      local = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+      try:
+        conformance.require(local[0], jax.config.jax_compilation_cache_dir or "")
+      except conformance.KernelError as error:
+        raise InputError(str(error)) from error
+
   def lower(self, kind: str, size: int) -> jax.stages.Lowered:
     inputs = self.abstract_inputs(kind, size)
     state = jax.eval_shape(self._empty_state)
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
-    sampled_specs = Sampled(*[PartitionSpec(DATA)] * 4)
     step = jax.shard_map(
       functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
       mesh=self.mesh,
       in_specs=(self._specs, self._state_specs(), input_specs),
-      out_specs=(self._state_specs(), sampled_specs),
+      out_specs=(self._state_specs(), PartitionSpec()),
       check_vma=False,
     )
     weights = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self._weights)
@@ -170,9 +185,24 @@ class CompiledSteps:
     return jax.jit(step, donate_argnums=1).lower(*args)
 
   def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
-    """Donates state. Starts one step; the results are on their way when this returns."""
+    """Donates state. Starts one step; the results are on their way when this returns.
+
+    Raises ValueError under `pallas_kernels.debug_checks` for pages, lengths or query starts that cannot be.
+    """
+    if debug.checking():
+      self._check(inputs.batch)
     kind = "prefill" if isinstance(inputs.batch, PrefillBatch) else "decode"
     return self.compile(kind, inputs.batch.tokens_T.shape[0] // self.num_shards)(self._weights, state, inputs)
+
+  def _check(self, batch: PrefillBatch | DecodeBatch) -> None:
+    sizes = {"num_pages": self.limits.num_pages, "page_size": self.limits.page_size}
+
+    def cut(array):
+      return [None] * self.num_shards if array is None else np.split(np.asarray(array), self.num_shards)
+
+    for arrays in zip(*map(cut, (batch.page_table_BM, batch.lengths_B, batch.query_starts)), strict=True):
+      num_tokens = batch.tokens_T.shape[0] // self.num_shards
+      debug.require_pages(type(batch).__name__, *arrays, num_tokens=num_tokens, **sizes)
 
   def abstract_inputs(self, kind: str, size: int) -> StepInput:
     shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
@@ -234,4 +264,5 @@ def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs:
   sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
   place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
   last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
-  return pack(State(cache, last_tokens)), sampled
+  # Whole on every device, so that every process can read it.
+  return pack(State(cache, last_tokens)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)

@@ -9,6 +9,7 @@ is converted again, and what a killed process left half written is removed by th
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,16 +18,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from jaxfp8 import convert, readers
-from jaxfp8.checkpoint_folder import FORMAT_VERSION, WRITING, check_files, read_manifest
+from jaxfp8.checkpoint_folder import FORMAT_VERSION, MANIFEST, WRITING, check_files, is_checkpoint, read_manifest
 from jaxfp8.config import Recipe
 from jaxfp8.convert import Progress
 from jaxfp8.errors import InputError
 from jaxfp8.readers import Source
 from jaxfp8.source_arrays import source_granularity
 
+_SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time
 
 
@@ -50,20 +52,63 @@ def cached_checkpoint(
   name = re.sub(r"[^A-Za-z0-9._]+", "-", pathlib.Path(source_path).resolve().stem)
   kind = recipe.weights if recipe.weights != "fp8" else f"fp8-{recipe.granularity}"
   folder = cache / "checkpoints" / f"{name}-{kind}-{key[:16]}"
-  if not _is_whole(folder):
-    source = readers.open_source(source_path)
-    check(source)
-    _remove_stale(folder)
-    for note in source.notes:
-      print(f"readers: {source.path}: {note}.", file=sys.stderr)
-    if own_granularity and (own := source_granularity(source)):
-      recipe = dataclasses.replace(recipe, granularity=own)
-    try:
-      convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
-    except InputError:
-      if not _is_whole(folder):  # else another process converted the same meanwhile
-        raise
+  if _is_whole(folder):
+    return folder
+  source = readers.open_source(source_path)
+  check(source)
+  with _one_at_a_time(cache / "locks" / folder.name):
+    if not _is_whole(folder):
+      _remove_stale(folder)
+      for note in source.notes:
+        print(f"readers: {source.path}: {note}.", file=sys.stderr)
+      if own_granularity and (own := source_granularity(source)):
+        recipe = dataclasses.replace(recipe, granularity=own)
+      try:
+        convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+      except InputError:
+        if not _is_whole(folder):  # else another process converted the same meanwhile, where files cannot be locked
+          raise
   return folder
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: pathlib.Path) -> Iterator[None]:
+  """The processes of a host that want the same weights wait for the one that converts them."""
+  with contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):  # what cannot be written or locked is said by whoever writes the weights
+      lock.parent.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(open(lock, "w"))
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """The same for the same numbers wherever they lie, and without reading them all.
+
+  A converted checkpoint is known by its source's content, another of ours by its manifest (its files have random names), and
+  a source by its files' sizes and 64 pieces of each.
+  """
+  path = pathlib.Path(path)
+  if is_checkpoint(path):
+    manifest = read_manifest(path)
+    source = manifest.provenance.get("source_sha256")
+    what = {"sha256": source, "weights": [manifest.recipe.weights, manifest.recipe.granularity]} if source else None
+    return _digest(json.dumps(what) if what else (path / MANIFEST).read_text(encoding="utf-8"))
+  return _digest(json.dumps([[file.name, *_spot_checks(file)] for file in readers.source_files(path)]))
+
+
+def _spot_checks(path: pathlib.Path) -> tuple[int, str]:
+  total = hashlib.sha256()
+  size, _ = _size_and_time(path)
+  with open(path, "rb") as file:
+    for place in range(_SPOTS):
+      file.seek(max(0, size - _SPOT_BYTES) * place // (_SPOTS - 1))
+      total.update(file.read(_SPOT_BYTES))
+  return size, total.hexdigest()
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_whole(folder: pathlib.Path) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Target
 from pallas_kernels.fp8_matmul import api as matmul_api
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
+from pallas_kernels.fused import api as fused_api
 from pallas_kernels.paged_attention import api as attention_api
 from pallas_kernels.paged_attention import tiling as attention_tiling
 
@@ -121,7 +122,103 @@ class AttentionCase:
     tiling = self._tiling(target)
     tiles = self.B if self.T is None else self.T // tiling.tokens
     lengths = [self.M * self.C] * tiles
-    return attention_tiling.cost(lengths, self.H, self.K, self.C, tiling, FP8 if self.pages == "fp8" else BF16)
+    return attention_tiling.cost(lengths, self.N, self.K, self.H, self.C, tiling, FP8 if self.pages == "fp8" else BF16)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+  """residual_norm of T tokens of D, to float8."""
+
+  name: str
+  T: int
+  D: int
+  kernel: str = "residual_norm"
+  skinny: bool = False
+
+  def arguments(self) -> tuple:
+    x = jax.ShapeDtypeStruct((self.T, self.D), BF16)
+    return x, x, jax.ShapeDtypeStruct((self.D,), F32)
+
+  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+    return fused_api.residual_norm(*arguments, eps=1e-5, quantize=True, implementation=implementation, target=target)
+
+  def flight(self, target: Target) -> Flight:
+    return Flight(self.T, 8 * self.D)
+
+  def cost(self, target: Target) -> tuple[int, int]:
+    return self.T * (7 * self.D + 4) + 4 * self.D, 8 * self.T * self.D
+
+
+@dataclasses.dataclass(frozen=True)
+class SiluCase:
+  """silu_multiply of T tokens of F, in S parts (1: a finished product), to float8."""
+
+  name: str
+  T: int
+  F: int
+  S: int
+  kernel: str = "silu_multiply"
+  skinny: bool = False
+
+  def arguments(self) -> tuple:
+    return _sums(self.S, self.T, 2 * self.F)
+
+  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+    sums = matmul_api.Sums(*arguments)
+    return fused_api.silu_multiply(sums, quantize=True, implementation=implementation, target=target)
+
+  def flight(self, target: Target) -> Flight:
+    return Flight(self.T, 2 * self.F * self.S * self.arguments()[0].dtype.itemsize)
+
+  def cost(self, target: Target) -> tuple[int, int]:
+    return sum(_bytes(x) for x in self.arguments() if x is not None) + self.T * (self.F + 4), 10 * self.T * self.F
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeCase:
+  """rope_write of T decoded tokens into pages, from qkv in S parts (1: a finished product)."""
+
+  name: str
+  pages: str
+  T: int
+  K: int
+  G: int
+  H: int
+  S: int
+  kernel: str = "rope_write"
+  skinny: bool = False
+
+  def arguments(self) -> tuple:
+    dtype, ints = FP8 if self.pages == "fp8" else BF16, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    k, v = (_NUM_PAGES, self.K, 64, self.H), (_NUM_PAGES, self.K, self.H, 64)
+    scale = (jax.ShapeDtypeStruct((_NUM_PAGES, self.K, 64), F32),) * (2 if dtype == FP8 else 0)
+    pages = jax.ShapeDtypeStruct(k, dtype), jax.ShapeDtypeStruct(v, dtype), *scale
+    angles = jax.ShapeDtypeStruct((self.T, self.H // 2), F32)
+    return *_sums(self.S, self.T, self.K * (self.G + 2) * self.H), angles, angles, pages, ints((self.T, 64)), ints((self.T,))
+
+  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+    *sums, cos, sin, pages, table, lengths = arguments
+    kernel = {"implementation": implementation, "target": target}
+    return fused_api.rope_write(matmul_api.Sums(*sums), cos, sin, pages, table, None, lengths, **kernel)
+
+  def flight(self, target: Target) -> Flight:
+    return Flight(self.T * self.K, self.S * (self.G + 2) * self.H * self.arguments()[0].dtype.itemsize)
+
+  def cost(self, target: Target) -> tuple[int, int]:
+    read = sum(_bytes(x) for x in self.arguments()[:3] if x is not None)
+    page_bytes = 2 * (self.H + 4) if self.pages == "fp8" else 4 * self.H
+    return read + self.T * self.K * (2 * self.G * self.H + page_bytes), 6 * self.T * self.K * (self.G + 1) * self.H
+
+
+def _sums(S, T, F) -> tuple:
+  """The arrays of fp8_matmul's `Sums`."""
+  if S == 1:
+    return jax.ShapeDtypeStruct((S, T, F), BF16), None, None
+  return jax.ShapeDtypeStruct((S, T, F), F32), jax.ShapeDtypeStruct((F,), F32), jax.ShapeDtypeStruct((T,), F32)
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+  return x.size * x.dtype.itemsize
 
 
 CASES = (
@@ -144,15 +241,26 @@ CASES = (
   AttentionCase("decode-fp8-pages-of-32", "fp8", None, 8, 9, 3, 64, 32, 64),
   AttentionCase("decode-fp8-pages-of-128", "fp8", None, 8, 32, 8, 128, 128, 64),
   AttentionCase("decode-fp8-128k", "fp8", None, 1, 16, 1, 128, 64, 2048),
-  AttentionCase("decode-bf16", "bf16", None, 8, 8, 1, 128, 64, 64),
+  AttentionCase("decode-bf16", "bf16", None, 8, 8, 1, 128, 64, 32),
   AttentionCase("prefill-fp8", "fp8", 512, 4, 8, 1, 128, 64, 64),
   AttentionCase("prefill-fp8-pages-of-32", "fp8", 512, 4, 9, 3, 64, 32, 64),
   AttentionCase("prefill-fp8-pages-of-128", "fp8", 512, 4, 32, 8, 128, 128, 64),
   AttentionCase("prefill-bf16", "bf16", 512, 4, 8, 1, 128, 64, 64),
   AttentionCase("prefill-bf16-pages-of-128", "bf16", 512, 4, 8, 1, 128, 128, 64),
+  NormCase("norm-70b", 8, 8192),
+  NormCase("norm-405b", 8, 16384),
+  NormCase("norm-odd-width", 8, 640),
+  SiluCase("silu-70b", 8, 3584, 1),
+  SiluCase("silu-405b-parts", 8, 6656, 4),
+  SiluCase("silu-70b-on-one", 8, 28672, 1),
+  RopeCase("rope-70b", "fp8", 8, 1, 8, 128, 8),
+  RopeCase("rope-8b-on-one", "fp8", 8, 8, 4, 128, 1),
+  RopeCase("rope-3-heads", "fp8", 8, 3, 3, 64, 6),
+  RopeCase("rope-bf16-405b", "bf16", 8, 1, 16, 128, 8),
 )
+Case = MatmulCase | AttentionCase | NormCase | SiluCase | RopeCase
 
 
-def by_name(name: str) -> MatmulCase | AttentionCase:
+def by_name(name: str) -> Case:
   """Raises KeyError for a name that no case has."""
   return {case.name: case for case in CASES}[name]

@@ -24,11 +24,13 @@ class Target:
   """What a program is compiled for: a CPU, or a GPU of one CUDA compute capability such as (9, 0).
 
   num_sms: how many multiprocessors the GPU has, which decides how kernels cut their work; None where it is not known.
+  kind: its name as the driver says it, which chooses between measured tile sizes (tuned.py).
   """
 
   platform: str
   capability: tuple[int, int] | None = None
   num_sms: int | None = None
+  kind: str | None = None
 
   @classmethod
   def of(cls, device: jax.Device) -> "Target":
@@ -37,12 +39,13 @@ class Target:
       return cls("cpu")
     capability = str(getattr(device, "compute_capability", "0.0"))
     major, _, minor = capability.partition(".")
-    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), getattr(device, "core_count", None))
+    sms, kind = getattr(device, "core_count", None), getattr(device, "device_kind", None)
+    return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), sms, kind)
 
 
 # Kernel files by the compute capability that they are written for. Another GPU gets a line here when it gets a file.
-_KERNELS = {(9, 0): ("wgmma",)}
-_NEEDS = {"wgmma": ((9, 0),)}
+_KERNELS = {(9, 0): ("wgmma", "mosaic")}
+_NEEDS = {"wgmma": ((9, 0),), "mosaic": ((9, 0),)}
 
 
 @functools.cache
@@ -99,16 +102,19 @@ def _require(operation: str, name: str, target: Target) -> None:
 def _without_derivative(operation: str, name: str, function: Callable) -> Callable:
   """A kernel, with a sentence instead of JAX's internal error where somebody differentiates it."""
 
+  @jax.custom_jvp
+  def same(arrays):
+    return arrays
+
+  @same.defjvp
+  def _(primals, tangents):
+    raise ValueError(f'{operation}: {name!r} has no derivative. Pass implementation="reference" to differentiate.')
+
   def call(*args, **kwargs):
-    arrays = {key: value for key, value in kwargs.items() if isinstance(value, jax.Array)}
-    others = {key: value for key, value in kwargs.items() if key not in arrays}
-    kernel = jax.custom_jvp(lambda args, arrays: function(*args, **arrays, **others))
-
-    @kernel.defjvp
-    def _(primals, tangents):
-      raise ValueError(f'{operation}: {name!r} has no derivative. Pass implementation="reference" to differentiate.')
-
-    return kernel(args, arrays)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = iter(same([leaf for leaf in leaves if isinstance(leaf, jax.Array)]))
+    args, kwargs = tree.unflatten([next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
+    return function(*args, **kwargs)
 
   return call
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Target, interpret
+from pallas_kernels.fp8_matmul import api as matmul_api
 from pallas_kernels.fp8_matmul import reference as matmul_reference
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
 from pallas_kernels.paged_attention import reference as attention_reference
@@ -45,10 +46,15 @@ class Matmul:
   block_rows: int = 0
   x_size: float = 1.0
   static: bool = False
+  num_sms: int = 2  # many SMs and few rows: the skinny kernel cuts D into parts
 
   def __str__(self):
     block = f"-block{self.block_rows}" if self.block_rows else ""
-    return f"{self.form}-T{self.T}-F{self.F}-D{self.D}{block}"
+    return f"{self.form}-T{self.T}-F{self.F}-D{self.D}{block}{'-parts' if self.num_sms > 2 else ''}"
+
+  @property
+  def target(self):
+    return Target("cuda", (9, 0), self.num_sms)
 
   def arrays(self):
     """x, w, w_scale, x_scale; scales spread over a factor of about a thousand."""
@@ -70,14 +76,18 @@ class Matmul:
 
   def cost(self) -> int:
     form = matmul_tiling.form_of(*self.arrays()[:3])
-    return matmul_tiling.cost(self.T, self.F, self.D, form, GPU)[0]
+    return matmul_tiling.cost(self.T, self.F, self.D, form, self.target)[0]
 
   def run(self, kernels):
     return self.run_on(kernels, *self.arrays())
 
   def run_on(self, kernels, *arrays):
+    def call(*arrays):
+      y = kernels.fp8_matmul(*arrays, out_dtype=F32, target=self.target)
+      return y.finish(F32) if isinstance(y, matmul_api.Sums) else y
+
     with interpret.running() as copies:
-      y = np.asarray(in_one_program(functools.partial(kernels.fp8_matmul, out_dtype=F32, target=GPU), *arrays))
+      y = np.asarray(in_one_program(call, *arrays))
     return y, copies
 
 
@@ -94,10 +104,17 @@ class Attention:
   C: int = 64
   spread: float = 0.0
   v_size: float = 1.0
+  q_size: float = 2.0
+  first_page: int = 2  # where the layer's pages begin
+  num_sms: int = 2
 
   def __str__(self):
     kind = "decode" if self.counts is None else "prefill"
     return f"{kind}-{self.pages}-N{self.N}-K{self.K}-H{self.H}-C{self.C}-{'_'.join(map(str, self.lengths))}"
+
+  @property
+  def target(self):
+    return Target("cuda", (9, 0), self.num_sms)
 
   @property
   def M(self) -> int:
@@ -105,17 +122,17 @@ class Attention:
 
   def arrays(self):
     B, M = len(self.lengths), self.M
-    P = B * M + 3
+    P = self.first_page + B * M + 3
     rng = np.random.default_rng(sum(self.lengths))
     T = B if self.counts is None else sum(self.counts) + 2  # two rows of padding
-    q = (2 * rng.normal(size=(T, self.N, self.H))).astype(BF16)
+    q = (self.q_size * rng.normal(size=(T, self.N, self.H))).astype(BF16)
     k = rng.normal(size=(P, self.K, self.C, self.H))
     v = rng.normal(size=(P, self.K, self.C, self.H)) * self.v_size
     v = v * np.exp(self.spread * rng.normal(size=(P, self.K, self.C, 1)))
-    table = rng.permutation(P)[: B * M].reshape(B, M).astype(np.int32)
+    table = rng.permutation(P - self.first_page)[: B * M].reshape(B, M).astype(np.int32)
     written = np.zeros((P, self.C), bool)
     for row, length in zip(table, self.lengths, strict=True):
-      written[row] = np.arange(M * self.C).reshape(M, self.C) < length
+      written[self.first_page + row] = np.arange(M * self.C).reshape(M, self.C) < length
     if self.pages == "fp8":
       (k, k_scale), (v, v_scale) = to_float8(k), to_float8(v)
       # Places that nothing was written to are zeros, scales too, as in a new pool.
@@ -132,19 +149,21 @@ class Attention:
   def truth(self):
     (q, *rest), scales = self.arrays()
     return in_one_program(
-      lambda args, scales: attention_reference.paged_attention(*args, **scales), (q.astype(F32), *rest), scales
+      lambda args, scales: attention_reference.paged_attention(*args, **scales, first_page=self.first_page),
+      (q.astype(F32), *rest),
+      scales,
     )
 
   def cost(self) -> int:
     """Decode only."""
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
-    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, GPU)
-    return attention_tiling.cost(self.lengths, self.H, self.K, self.C, tiling, k.dtype)[0]
+    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, self.target)
+    return attention_tiling.cost(self.lengths, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):
-      return kernels.paged_attention(*arrays, **scales, target=GPU).astype(F32)
+      return kernels.paged_attention(*arrays, **scales, first_page=self.first_page, target=self.target).astype(F32)
 
     with interpret.running(timeout_s) as copies:
       y = np.asarray(in_one_program(call, *self.arrays()))

@@ -5,6 +5,8 @@ import inspect
 import types
 
 from pallas_kernels.fp8_matmul import wgmma as matmul
+from pallas_kernels.fused import mosaic as fused
+from pallas_kernels.paged_attention import combine
 from pallas_kernels.paged_attention import wgmma as attention
 
 
@@ -28,12 +30,14 @@ class Mutant:
 
 
 MATMUL = (
-  Mutant("drops the channel scale", matmul, "y_FT = y_FT * channel_scale[:, None]", "pass"),
-  Mutant("drops the token scale", matmul, "y_FT = y_FT * x_scale", "pass"),
+  Mutant("drops the channel scale", matmul, "total = total * lax.broadcast_in_dim(per_row, total.shape, [1])", "pass"),
+  Mutant("drops the token scale", matmul, "total = total * lax.broadcast_in_dim(per_token, total.shape, [0])", "pass"),
+  Mutant("drops the static scale", matmul, "total = total * scale_gmem[-1][0]", "pass"),
+  Mutant("forgets a part's token scale", matmul, ":F], channel_scale, x_scale)", ":F], channel_scale, None)"),
   Mutant("drops the block scale", matmul, "product = product * block_scale(", "product + block_scale("),
   Mutant("takes the first block's scale for all columns", matmul, "lax.div(column, jnp.int32(api.BLOCK))", "jnp.int32(0)"),
   Mutant("takes the first block's scale for all rows", matmul, "jnp.minimum(block_row, last)", "jnp.int32(0)"),
-  Mutant("sums one part only", matmul, "[:, :F, :T], axis=0)", "[:1, :F, :T], axis=0)"),
+  Mutant("leaves one part only", matmul, "form, tiling, jnp.float32)[:, :T, :F]", "form, tiling, jnp.float32)[:1, :T, :F]"),
   Mutant("starts every part at column 0", matmul, "lambda k: (row_tile, first_step + k)", "lambda k: (row_tile, k)"),
   Mutant("both warpgroups take the same rows", matmul, "w_smem.at[pl.ds(wg * WG_ROWS,", "w_smem.at[pl.ds(0,"),
   Mutant("forgets what was summed before", matmul, "total = total + product", "total = product"),
@@ -53,9 +57,37 @@ ATTENTION = (
   Mutant("drops K's scale", attention, "s = s * over_rows(k_scale) + ", "s = s + "),
   Mutant("drops V's scale", attention, "+ over_rows(jnp.log2(v_scale))", ""),
   Mutant("swaps K's and V's scales", attention, "k_scale, v_scale = (plgpu", "v_scale, k_scale = (plgpu"),
-  Mutant("sees one token too many", attention, "position < over_columns(limit)", "position <= over_columns(limit)"),
+  Mutant("sees one token too many", attention, "position < limit", "position <= limit"),
+  Mutant("reads the first layer's pages", attention, "first_page + table_gmem[", "table_gmem["),
+  Mutant("lets queries overflow float16", attention, "(given * up).astype", "given.astype"),
   Mutant("reads the first sequence's pages", attention, "table_gmem[sequence, ", "table_gmem[0, "),
   Mutant("loads the same page twice", attention, "first + i + tiling.stages)  # early", "first + i)  # early"),
   Mutant("does not shrink what was summed before", attention, "[block * over_columns(shrink) for", "[block for"),
   Mutant("weighs all parts alike", attention, "weights = jnp.exp2(log_sum - ", "weights = jnp.exp2(0 * log_sum - 0 * "),
+)
+
+COMBINE = (
+  Mutant("joins all parts alike", combine, "weight = jnp.exp2(log_sum - new_top)", "weight = jnp.exp2(0 * log_sum)"),
+  Mutant("does not shrink what was joined before", combine, "joined * over_channels(shrink), total * shrink", "joined, total"),
+  Mutant("loses the last parts", combine, "carry = add(S - S % at_once, S % at_once, carry) if", "carry = carry if"),
+  Mutant("scales with one head's largest value", combine, "(jnp.abs(x) for x in joined))", "(jnp.abs(x) for x in joined[:1]))"),
+)
+
+FUSED = (
+  Mutant("drops the residual", fused, "a.astype(jnp.float32) + b.astype(jnp.float32)", "a.astype(jnp.float32)"),
+  Mutant("a warpgroup sums alone", fused, "if self.num_wgs == 1:", "if True:"),
+  Mutant("warpgroups do not wait for each other", fused, "plgpu.barrier_wait(barrier.at[call])", "pass"),
+  Mutant("both meetings share their places", fused, "call = next(calls)", "call = next(calls) * 0"),
+  Mutant("all warpgroups write the scale", fused, '@pl.when(lax.axis_index("wg") == 0)', "@pl.when(token >= 0)"),
+  Mutant("drops the norm's weight", fused, "(a * factor * w)", "(a * factor)"),
+  Mutant("swaps gate and up", fused, "zip(half(0), half(1)", "zip(half(1), half(0)"),
+  Mutant("forgets the token's scale", fused, "scales[1][token if self._per_token else 0]", "scales[1][0]"),
+  Mutant("writes to the first layer's pages", fused, "page = first_gmem[0] + table_gmem", "page = table_gmem"),
+  Mutant("writes one place further", fused, "- (1 if query_starts is None else 0)", ""),
+  Mutant("writes to the first sequence's pages", fused, "table_gmem[sequence, ", "table_gmem[sequence * 0, "),
+  Mutant("swaps keys and values", fused, "enumerate((k, v))", "enumerate((v, k))"),
+  Mutant("writes keys that are not turned", fused, "turned(load(G, 1), row_layout(1))", "load(G, 1)"),
+  Mutant("turns the other way", fused, "(x[0] * cos - x[1] * sin)", "(x[0] * cos + x[1] * sin)"),
+  Mutant("drops the pages' scale", fused, "if scale is not None:", "if False:"),
+  Mutant("writes what nobody asked for", fused, "@pl.when(position >= 0)", "@pl.when(position >= -1)"),
 )

@@ -19,7 +19,7 @@ import tiny_llamas
 import tiny_models
 from flax import nnx
 
-from jaxfp8 import checkpoint, convert, layout
+from jaxfp8 import checkpoint, convert, filling, layout
 from jaxfp8.checkpoint_folder import Manifest, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import Recipe
@@ -100,9 +100,8 @@ class TestRoundTrip:
       for group in layout.checkpoint_arrays(config, recipe, formats)
       for key, (shape, dtype) in group.items()
     }
-    model = checkpoint.fill(
-      checkpoint.abstract_model(config, recipe, formats, None), lambda keys: {key: arrays[key] for key in keys}, None
-    )
+    read = filling.whole_arrays(lambda keys: {key: arrays[key] for key in keys})
+    model = filling.fill(checkpoint.abstract_model(config, recipe, formats, None), read, None)
     checkpoint.save(model, tmp_path / "a")
     assert_same(checkpoint.load_checkpoint(tmp_path / "a"), model)
 

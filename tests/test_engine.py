@@ -323,7 +323,7 @@ class TestRefusals:
 
 
 def test_default_limits_hold_the_context():
-  found = default_limits(model(), max_sequences=5)
+  found = default_limits(model(), make_mesh(CONFIG), max_sequences=5)
   assert found.max_pages * found.page_size >= CONFIG.max_context
   assert found.num_pages == 5 * found.max_pages
   assert found.max_sequences == 5 and found.decode_size(5) == found.decode_sizes[-1] == 8

@@ -12,15 +12,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A file imports only files of lower floors and files to its left on its own floor. From the bottom up; * imports no jax.
 FLOORS = {
-  "vocabulary": "errors* units* text* config* mesh* devices* dims fp8",
+  "vocabulary": "errors* units* text* cluster* config* mesh* devices* dims hosts fp8",
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
-  "programs": """layout checkpoint_folder checkpoint_writer checkpoint readers.source* readers.safetensors_file*
-    readers.dialects* readers.gguf_tokenizer* readers.gguf_file* readers.huggingface* readers* checkpoint_source source_arrays
-    convert program_cache steps synthetic quality deviceless""",
+  "programs": """layout filling widening checkpoint_folder checkpoint_writer checkpoint readers.source*
+    readers.safetensors_file* readers.dialects* readers.gguf_tokenizer* readers.gguf_file* readers.huggingface* readers*
+    checkpoint_source source_arrays convert export program_cache steps synthetic quality deviceless""",
   "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
-    progress* weights_cache startup report plots* quality_plots* plan_report* plan_plots*""",
-  "entry": "cli generate plan",
+    progress* weights_cache startup following report plots* quality_plots* plan_report* plan_plots*""",
+  "entry": "cli conversion_child generate plan",
 }
 ORDER = [name.rstrip("*") for floor in FLOORS.values() for name in floor.split()]
 NO_JAX = {name.rstrip("*") for floor in FLOORS.values() for name in floor.split() if name.endswith("*")}

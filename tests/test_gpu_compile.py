@@ -14,10 +14,11 @@ import pytest
 from jaxfp8 import deviceless
 from jaxfp8.devices import load_device
 from jaxfp8.errors import InputError
-from pallas_kernels.cases import CASES, MatmulCase
+from pallas_kernels.cases import CASES, AttentionCase, MatmulCase
 
 DEVICES = ("h100", "h200")
 LATENCY_SECONDS = 700e-9
+TENSOR_CORES = (MatmulCase, AttentionCase)
 LEAST_IN_FLIGHT = 32 * 1024
 MISSING = 'the CUDA compiler is not installed: pip install "jaxfp8[cuda]"'
 
@@ -29,11 +30,12 @@ def compiled(device):
   return deviceless.compile_cases(device, [case.name for case in CASES])
 
 
-def report_of(device, case) -> deviceless.KernelReport:
+def reports_of(device, case) -> list[deviceless.KernelReport]:
+  """Of the kernels of one call: one, and for decode's attention a second, which joins its parts."""
   result = compiled(device)[case.name]
   assert not isinstance(result, str), result
-  assert len(result) == 1, "one call is one kernel"
-  return result[0]
+  assert len(result) == (2 if isinstance(case, AttentionCase) and case.skinny else 1)
+  return result
 
 
 each = pytest.mark.parametrize(
@@ -44,7 +46,12 @@ each = pytest.mark.parametrize(
 @each
 @pytest.mark.timeout(900)
 def test_no_spills_and_within_limits(device, case):
-  report, spec = report_of(device, case), load_device(device)
+  spec = load_device(device)
+  for report in reports_of(device, case):
+    check_limits(report, spec)
+
+
+def check_limits(report, spec):
   assert (report.spill_bytes, report.stack_bytes) == (0, 0)
   assert not report.count("LDL|STL")
   assert report.warnings == ()  # a C75xx here would say that wgmma was serialized
@@ -55,7 +62,14 @@ def test_no_spills_and_within_limits(device, case):
 
 @each
 def test_instructions(device, case):
-  report = report_of(device, case)
+  report, *joining = reports_of(device, case)
+  for small in joining if isinstance(case, TENSOR_CORES) else (report,):
+    assert not small.count(r"[QH]G?MMA|UTMALDG|LDS\.[US]")  # loads, stores and shuffles
+  if isinstance(case, TENSOR_CORES):
+    check_tensor_cores(report, case)
+
+
+def check_tensor_cores(report, case):
   assert not report.count("HMMA|QMMA|IMMA"), "the tensor cores of older GPUs"
   assert report.count("UTMALDG") >= 2
   assert not report.count(r"LDS\.[US](8|16)"), "shared memory read in pieces"
@@ -74,7 +88,7 @@ def test_bytes_in_flight(device, case):
   """Little's law: bandwidth times latency, shared by the SMs; a matrix smaller than that is under way as a whole."""
   if not case.skinny:
     return
-  report, spec = report_of(device, case), load_device(device)
+  (report, *_), spec = reports_of(device, case), load_device(device)
   flight = case.flight(deviceless.kernel_target(spec))
   in_flight = flight.per_sm(report.ctas_per_sm(spec), spec.num_sms)
   needed = max(LEAST_IN_FLIGHT, spec.bandwidth * LATENCY_SECONDS / spec.num_sms)

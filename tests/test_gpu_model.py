@@ -1,5 +1,6 @@
 """Whole steps on the GPU's path: a tiny model in interpret mode, and a 70B cut over eight absent H100s."""
 
+import dataclasses
 import functools
 import os
 
@@ -17,12 +18,11 @@ from jaxfp8.model import Llama
 from jaxfp8.steps import CompiledSteps, Limits
 from pallas_kernels import interpret
 
-TINY = LlamaConfig.from_name("tiny")
-# With the largest difference that rounding explains: bf16 rounds at every layer, and where activations and pages are float8 a
-# last bit decides now and then between two e4m3 neighbours, 6 % apart.
+# As wide as the fused kernels need; narrower models leave them to plain XLA.
+TINY = dataclasses.replace(LlamaConfig.from_name("tiny"), d_model=128, d_ff=256)
 RECIPES = {
-  "w8a8-kv8": (Recipe(weights="fp8", activations="fp8", kv="fp8"), 0.06),
-  "w8a16-block-kv16": (Recipe(weights="fp8", granularity="block128", activations="bf16", kv="bf16"), 0.02),
+  "w8a8-kv8": Recipe(weights="fp8", activations="fp8", kv="fp8"),
+  "w8a16-block-kv16": Recipe(weights="fp8", granularity="block128", activations="bf16", kv="bf16"),
 }
 
 
@@ -38,14 +38,19 @@ def logits(recipe, implementation):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("recipe", "limit"), RECIPES.values(), ids=RECIPES)
-def test_tiny_model_on_kernels_gives_the_references_logits(recipe, limit):
-  """Ragged prefill in two pieces, then a decode step; linears, attention and head are kernels."""
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_tiny_model_on_kernels_gives_the_references_logits(recipe):
+  """Ragged prefill in two pieces, then a decode step; linears, attention, head and what lies between are kernels.
+
+  The truth has the same float8 weights with activations and pages in float32. What kernels and reference round differently
+  decides now and then between two e4m3 neighbours, so they differ from each other about as much as from the truth.
+  """
   with interpret.running(timeout_s=240) as copies:
     got = logits(recipe, "interpret")
-  want = logits(recipe, "reference")
   assert copies.bytes_read > 5e5  # kernels ran
-  assert np.linalg.norm(got - want) < limit * np.linalg.norm(want)
+  want = logits(recipe, "reference")
+  truth = logits(dataclasses.replace(recipe, activations="f32", kv="f32"), "reference")
+  assert np.linalg.norm(got - truth) < 1.25 * np.linalg.norm(want - truth)
 
 
 @pytest.mark.timeout(600)

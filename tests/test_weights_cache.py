@@ -205,9 +205,16 @@ def test_another_process_may_finish_first(convert_chain, cache, monkeypatch):
   assert _folders(cache) == [folder]
 
 
-def test_two_processes_convert_at_once(chain, cache):
-  processes = [commands.start(chain, cache, script=SLOW_CONVERSION) for _ in range(2)]
-  commands.wait_until(lambda: len({path.name.split(".")[1] for path in _folders(cache) if WRITING in path.name}) == 2)
+def test_two_processes_convert_once(chain, cache):
+  """The second waits for the first one's lock."""
+  processes, writers = [commands.start(chain, cache, script=SLOW_CONVERSION) for _ in range(2)], set()
+
+  def both_ended():
+    writers.update(path.name.split(".")[1] for path in _folders(cache) if WRITING in path.name)
+    return all(process.poll() is not None for process in processes)
+
+  commands.wait_until(both_ended)
+  assert len(writers) == 1
   both = [commands.end(process) for process in processes]
   (folder,) = _folders(cache)
   assert [(ran.code, ran.out, ran.err) for ran in both] == [(0, f"{folder}\n", "")] * 2

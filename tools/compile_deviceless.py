@@ -18,7 +18,7 @@ from jaxfp8.errors import InputError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("device", "h100", "Name in configs/devices, or a TOML of your own.", flag_values=FLAGS)
-flags.DEFINE_string("kernel", "", "Only this operation: fp8_matmul or paged_attention.", flag_values=FLAGS)
+flags.DEFINE_string("kernel", "", "Only this operation: fp8_matmul, paged_attention, residual_norm, ...", flag_values=FLAGS)
 flags.DEFINE_string("case", "", "Only cases whose name contains this.", flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "A list of objects instead of a table.", flag_values=FLAGS)
 flags.DEFINE_float("timeout", 600, "Seconds for the compiler.", flag_values=FLAGS)
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
   spec = load_device(FLAGS.device)
   target = kernel_target(spec)
   results = compile_cases(FLAGS.device, [case.name for case in cases], FLAGS.timeout)
-  rows = [describe(case, results[case.name], spec, target) for case in cases]
+  rows = [row for case in cases for row in describe(case, results[case.name], spec, target)]
   if FLAGS.json:
     print(json.dumps(rows, indent=1))
   else:
@@ -51,28 +51,34 @@ def main(arguments: list[str]) -> int:
   return int(any(row["error"] or row["spill_bytes"] or row["stack_bytes"] for row in rows))
 
 
-def describe(case, result, spec, target) -> dict:
-  """One row. `result` is the case's reports, or the text of what went wrong."""
+def describe(case, result, spec, target) -> list[dict]:
+  """A row for each kernel of a call; bytes and operations stand with the first. `result`: reports, or what went wrong."""
   row = {"kernel": f"{case.kernel}/{case.name}", "device": spec.name, "error": result if isinstance(result, str) else ""}
   if row["error"]:
-    return row | dict.fromkeys(("registers", "spill_bytes", "stack_bytes", "smem_bytes", "bytes_in_flight", "opcodes"))
-  report = result[0]
-  bytes_moved, flops = case.cost(target)
-  ctas = report.ctas_per_sm(spec)
-  return row | {
-    "registers": report.registers,
-    "spill_bytes": report.spill_bytes,
-    "stack_bytes": report.stack_bytes,
-    "smem_bytes": report.smem_bytes,
-    "ctas_per_sm": ctas,
-    "bytes_in_flight": case.flight(target).per_sm(ctas, spec.num_sms),
-    "bytes_needed": int(spec.bandwidth * LATENCY_SECONDS / spec.num_sms),
-    "bytes_moved": bytes_moved,
-    "flops": flops,
-    "target": report.target,
-    "warnings": list(report.warnings),
-    "opcodes": report.opcodes,
-  }
+    return [row | dict.fromkeys(("registers", "spill_bytes", "stack_bytes", "smem_bytes", "bytes_in_flight", "opcodes"))]
+  rows = []
+  for number, report in enumerate(result):
+    bytes_moved, flops = case.cost(target) if number == 0 else (0, 0)
+    ctas = report.ctas_per_sm(spec)
+    rows.append(
+      row
+      | {
+        "kernel": row["kernel"] + ("" if number == 0 else "+combine"),
+        "registers": report.registers,
+        "spill_bytes": report.spill_bytes,
+        "stack_bytes": report.stack_bytes,
+        "smem_bytes": report.smem_bytes,
+        "ctas_per_sm": ctas,
+        "bytes_in_flight": case.flight(target).per_sm(ctas, spec.num_sms) if number == 0 else 0,
+        "bytes_needed": int(spec.bandwidth * LATENCY_SECONDS / spec.num_sms),
+        "bytes_moved": bytes_moved,
+        "flops": flops,
+        "target": report.target,
+        "warnings": list(report.warnings),
+        "opcodes": report.opcodes,
+      }
+    )
+  return rows
 
 
 def print_table(rows: list[dict], spec) -> None:

@@ -66,6 +66,7 @@ def make_model(sizes: dict):
     vocab_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
     rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, rope_theta=10000.0, **sizes,
   )  # fmt: skip
+  config.architectures = ["LlamaForCausalLM"]
   model = LlamaForCausalLM(config).float()
   rng = np.random.default_rng(0)
   with torch.no_grad():
@@ -80,13 +81,21 @@ def make_model(sizes: dict):
 
 
 def write_compressed_tensors(folder: pathlib.Path, scheme: str, sizes: dict) -> None:
+  from transformers import AutoModelForCausalLM
+
+  with tempfile.TemporaryDirectory() as temporary:  # llmcompressor wants a model that came from a folder
+    make_model(sizes).save_pretrained(temporary)
+    model = AutoModelForCausalLM.from_pretrained(temporary, dtype="float32")
+    _compress(folder, scheme, sizes, model)
+
+
+def _compress(folder: pathlib.Path, scheme: str, sizes: dict, model) -> None:
   import torch
   from llmcompressor import oneshot
   from llmcompressor.modifiers.quantization import QuantizationModifier
   from tokenizers import Tokenizer, models
   from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
 
-  model = make_model(sizes)
   recipe = QuantizationModifier(
     targets="Linear",
     scheme=scheme,
@@ -117,6 +126,7 @@ def write_modelopt(folder: pathlib.Path, algorithm: str, sizes: dict) -> None:
   import modelopt.torch.quantization as mtq
   import torch
   from modelopt.torch.export import export_hf_checkpoint
+  from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
 
   model = make_model(sizes)
 
@@ -125,6 +135,7 @@ def write_modelopt(folder: pathlib.Path, algorithm: str, sizes: dict) -> None:
       model(torch.tensor(make_tokens(seed)[None]))
 
   mtq.quantize(model, getattr(mtq, algorithm), calibrate)
+  requantize_resmooth_fused_llm_layers(model)  # as the export does: q, k and v come to share one scale
   weights = {}
   for name, module in model.named_modules():
     quantizer = getattr(module, "weight_quantizer", None)

@@ -3,6 +3,8 @@
 Letters: T tokens, D inputs, F outputs. Weights are [out, in], since FP8 tensor cores want both operands K-major.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,32 @@ from pallas_kernels import dispatch
 BLOCK = 128  # side of a weight-scale block
 
 
-def fp8_matmul(
+class Sums(NamedTuple):
+  """A product whose last steps are left to what reads it: y [T, F] = (sum over S of parts_STF) * w_scale * x_scale.
+
+  w_scale: float32 [F] or None. x_scale: float32 [T], [] or None. None: applied already.
+  """
+
+  parts_STF: jax.Array
+  w_scale: jax.Array | None = None
+  x_scale: jax.Array | None = None
+
+  def finish(self, dtype: jnp.dtype) -> jax.Array:
+    """y [T, F] in `dtype`. Parts of a finished product are that already."""
+    y = self.parts_STF[0] if self.parts_STF.shape[0] == 1 else jnp.sum(self.parts_STF, axis=0)
+    if self.w_scale is not None:
+      y = y * self.w_scale
+    if self.x_scale is not None:
+      y = y * (self.x_scale[:, None] if self.x_scale.ndim else self.x_scale)
+    return y.astype(dtype)
+
+
+def fp8_matmul(*args, out_dtype: jnp.dtype = jnp.bfloat16, **kwargs) -> jax.Array:
+  """(x * x_scale) @ (w * w_scale)^T, [T, F], accumulated in float32. Arguments and errors are those of `fp8_matmul_sums`."""
+  return fp8_matmul_sums(*args, out_dtype=out_dtype, **kwargs).finish(out_dtype)
+
+
+def fp8_matmul_sums(
   x_TD: jax.Array,
   w_FD: jax.Array,
   w_scale: jax.Array | None = None,
@@ -20,8 +47,8 @@ def fp8_matmul(
   out_dtype: jnp.dtype = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
-) -> jax.Array:
-  """Returns (x * x_scale) @ (w * w_scale)^T, [T, F], accumulated in float32 and cast to `out_dtype` at the end.
+) -> Sums:
+  """The product as it leaves its kernel: parts to be summed and scaled, or one finished part in `out_dtype`.
 
   Args:
     x_TD: activations, bf16 or f32; float8_e4m3fn with `x_scale` (W8A8).
@@ -37,7 +64,8 @@ def fp8_matmul(
   """
   _check(x_TD, w_FD, w_scale, x_scale)
   target = target or dispatch.default_target()
-  return dispatch.run(__package__, "fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
+  y = dispatch.run(__package__, "fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
+  return y if isinstance(y, Sums) else Sums(y[None])
 
 
 def is_float8(x: jax.Array) -> bool:

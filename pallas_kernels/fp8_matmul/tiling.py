@@ -9,6 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
 
@@ -50,24 +51,79 @@ class Form:
   def widens(self) -> bool:
     return self.w_dtype == jnp.float8_e4m3fn and self.x_dtype != jnp.float8_e4m3fn
 
+  def __str__(self):
+    name = "bf16" if self.w_dtype != jnp.float8_e4m3fn else "w8a16" if self.widens else "w8a8"
+    return f"{name}-block{self.block_rows}" if self.block_rows else name
+
 
 def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
-  """The tile sizes for a call. Sums are cut at the same columns for every T of a regime."""
+  """The tile sizes for a call: measured ones (tuned.py), or else the formula's. Sums are cut at the same columns for every T of
+  a regime."""
+  sizes = tuned.lookup("fp8_matmul", target, key_of(T, F, D, form))
+  if T <= MAX_SKINNY and sizes:
+    # Both skinny entries of a matrix cut D alike, or a row's bits would depend on its company.
+    splits = {tuned.lookup("fp8_matmul", target, key_of(tokens, F, D, form)).get("splits") for tokens in (1, MAX_SKINNY)}
+    if len(splits) > 1:
+      tuned.refuse("fp8_matmul", sizes, "equal splits for up to 16 and up to 64 tokens of a matrix")
+  tiling = _formula(T, F, D, form, target)
+  return _replaced(tiling, sizes, F, D, form, wide=T > MAX_SKINNY) if sizes else tiling
+
+
+def key_of(T: int, F: int, D: int, form: Form) -> dict[str, str | int]:
+  """How a measured entry is found. Sizes: rows, depth, stages, splits, ctas_per_sm, and for wide ones tokens."""
+  return {"regime": "wide" if T > MAX_SKINNY else "skinny-64" if T > 16 else "skinny-16", "F": F, "D": D, "form": str(form)}
+
+
+def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> Tiling:
+  """`tiling` with measured sizes. Raises ValueError unless the kernels can work with it."""
+  unit = unit_of(D, form)
+  allowed = {"rows", "depth", "stages", "splits", "ctas_per_sm"} | ({"tokens"} if wide else set())
+  if set(sizes) != allowed:
+    tuned.refuse("fp8_matmul", sizes, f"the names {', '.join(sorted(allowed))}")
+  tiling = dataclasses.replace(tiling, **sizes)
+  most_tokens = 96 if form.widens else 128
+  steps = D // tiling.depth // tiling.splits
+  used = tiling.stages * tiling.stage_bytes(form.x_dtype, form.w_dtype) + tiling.rows * tiling.tokens * 4
+  rules = {
+    "rows of 64 or 128": tiling.rows in (WG_ROWS, 2 * WG_ROWS),
+    f"a depth of {unit} times 1, 2 or 4 that divides D={D}": tiling.depth in (unit, 2 * unit, 4 * unit)
+    and D % tiling.depth == 0,
+    "splits that divide the steps of D, 1 for wide ones": steps * tiling.depth * tiling.splits == D
+    and (tiling.splits == 1 or not wide),
+    f"tokens a multiple of 8 up to {most_tokens}": not wide or (tiling.tokens % 8 == 0 and tiling.tokens <= most_tokens),
+    f"stages from 2 to the {steps} steps of a part": min(2, steps) <= tiling.stages <= steps,
+    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used <= _room(tiling.ctas_per_sm),
+  }
+  for rule, holds in rules.items():
+    if not holds:
+      tuned.refuse("fp8_matmul", sizes, rule)
+  return tiling
+
+
+def _room(ctas: int) -> int:
+  """Bytes of shared memory that a CTA has for its ring and its results."""
+  return SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
+
+
+def _formula(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
   sms = target.num_sms or HOPPER_SMS
   unit = unit_of(D, form)
-  few = T <= 16
-  rows = WG_ROWS if few or F < 2 * WG_ROWS else 2 * WG_ROWS
   if T > MAX_SKINNY:
+    rows = WG_ROWS if F < 2 * WG_ROWS else 2 * WG_ROWS
     tokens = 96 if form.widens else 128  # the most that leaves no register spilled
     tiling = Tiling(rows, tokens, unit, 1, 1, 1)
-    room = SM_BYTES - _CTA_BYTES - _SCRATCH_BYTES - tokens * rows * 4
+    room = _room(1) - tokens * rows * 4
   else:
+    few = T <= 16
     long = 2 * unit if D % (2 * unit) == 0 else unit
-    splits = _choose_splits(-(-F // WG_ROWS), D // long, 3 * sms)
-    ctas = 3 if few else 1  # registers: more tokens leave no room for a second CTA
-    tiling = Tiling(rows, -(-T // 8) * 8, long if few else unit, 1, splits, ctas)
-    room = SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
-  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 8)
+    rows = 2 * WG_ROWS if not few and WG_ROWS * sms <= F else WG_ROWS
+    splits = _choose_splits(-(-F // WG_ROWS), D // long, sms)
+    waves = -(-(-(-F // rows) * splits) // sms)
+    ctas = min(waves, 3 if few else 1)  # registers: more tokens leave no room for a second CTA
+    tokens = -(-T // 8) * 8
+    tiling = Tiling(rows, tokens, long if few else unit, 1, splits, ctas)
+    room = _room(ctas) - rows * tokens * 4
+  stages = min(room // tiling.stage_bytes(form.x_dtype, form.w_dtype), D // tiling.depth // tiling.splits, 16)
   return dataclasses.replace(tiling, stages=stages)
 
 
@@ -102,11 +158,15 @@ def form_of(x_TD, w_FD, w_scale) -> Form:
   return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
 
 
-def _choose_splits(row_tiles: int, steps: int, slots: int) -> int:
-  """Parts to cut D into, so that CTAs fill `slots` places in few, long, even waves. Ties go to fewer parts."""
+def _choose_splits(row_tiles: int, steps: int, sms: int) -> int:
+  """Parts to cut D into. One where row tiles alone give every second SM a CTA: a ring of some 200 KB in each of them holds
+  many times the bytes that must be under way, and sums need no finishing. Otherwise as many as fill three CTAs a SM in few,
+  long, even waves; ties go to fewer parts."""
+  if row_tiles >= sms // 2:
+    return 1
 
   def time(splits):
-    waves = -(-row_tiles * splits // slots)
-    return waves * (steps // splits + 3)  # filling the ring and the epilogue cost about three steps
+    waves = -(-row_tiles * splits // (3 * sms))
+    return waves * (steps // splits + 3) + splits / 4  # filling a ring and the end cost about 3 steps; a part, to be read again
 
   return min((s for s in range(1, steps + 1) if steps % s == 0), key=lambda s: (time(s), s))

@@ -1,6 +1,7 @@
 """fp8_matmul on Hopper (sm_90a): y^T = w x^T, so that weights are the 64-row side of wgmma and tokens the other.
 
-    skinny, up to 64 tokens: [64 or 128 rows of w] x [a part of D] per CTA, partial sums in float32, added by XLA
+    skinny, up to 64 tokens: [64 or 128 rows of w] x [a part of D] per CTA. Many rows: the whole of D, scaled and transposed
+                             on the way out. Few rows: partial sums in float32, for the next kernel or XLA to finish
     wide, more tokens:       persistent CTAs, tiles of 128 rows x 128 tokens, scaled and transposed on the way out
 
 Both are one memory warpgroup that only issues TMA and one or two that only multiply, joined by barriers over a ring of stages:
@@ -31,12 +32,13 @@ from jax import lax
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
 from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, choose_tiling, form_of, unit_of
+from pallas_kernels.register_layouts import row_layout
 
 _WIDENED = 64  # columns widened at once, which bounds registers
 _LAYOUT = plgpu.Layout.WGMMA
 
 
-def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target):
+def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> jax.Array | api.Sums:
   form = form_of(x_TD, w_FD, w_scale)
   T, (F, D) = x_TD.shape[0], w_FD.shape
   tiling = choose_tiling(T, F, D, form, target)
@@ -48,23 +50,27 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target):
   if T > MAX_SKINNY:
     scales = _per(F, tiling.rows, channel_scale), _per(T, tiling.tokens, x_scale)
     return _wide(x, w_FD, block_scale, scales, form, tiling, out_dtype, target)[:T, :F]
-  y_FT = jnp.sum(_skinny(x, w_FD, block_scale, form, tiling)[:, :F, :T], axis=0)
-  if channel_scale is not None:
-    y_FT = y_FT * channel_scale[:, None]
+  if tiling.splits > 1:
+    return api.Sums(_skinny(x, w_FD, block_scale, None, None, form, tiling, jnp.float32)[:, :T, :F], channel_scale, x_scale)
+  w_scale = None if channel_scale is None else _per(F, tiling.rows, channel_scale)
   if x_scale is not None:
-    y_FT = y_FT * x_scale
-  return y_FT.T.astype(out_dtype)
+    x_scale = _per(T, tiling.tokens, x_scale) if x_scale.ndim else x_scale[None]
+  return _skinny(x, w_FD, block_scale, w_scale, x_scale, form, tiling, out_dtype)[0, :T, :F]
 
 
 def power_of_two_scale(x):
   """bf16 [..., D] -> (float16, float32 scale [...]) with x = float16 * scale, powers of two, the largest value near 2^14."""
-  amax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1)
+  shift = shift_of(jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1))
+  return (x.astype(jnp.float32) * power_of_two(shift)[..., None]).astype(jnp.float16), power_of_two(-shift)
+
+
+def shift_of(amax):
+  """The exponent of two, int32, that brings float32 `amax` near 2^14, so that what is below fits float16."""
   exponent = (lax.bitcast_convert_type(amax, jnp.int32) >> 23) - 127
-  shift = jnp.clip(14 - exponent, -126, 126)
-  return (x.astype(jnp.float32) * _power_of_two(shift)[..., None]).astype(jnp.float16), _power_of_two(-shift)
+  return jnp.clip(14 - exponent, -126, 126)
 
 
-def _power_of_two(exponent):
+def power_of_two(exponent):
   return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
@@ -152,24 +158,38 @@ def _zeros(tiling):
   return plgpu.layout_cast(jnp.zeros((WG_ROWS, tiling.tokens), jnp.float32), _LAYOUT)
 
 
-def _skinny(x, w_FD, block_scale, form: Form, tiling: Tiling):
-  """Partial sums float32 [splits, whole tiles of F, tokens]; only block scales are applied."""
+def _skinny(x, w_FD, block_scale, w_scale, x_scale, form: Form, tiling: Tiling, out_dtype):
+  """[splits, tokens, F and what makes it whole tiles]: sums of each part of D, scaled where scales are given."""
   F, D = w_FD.shape
   wgs = tiling.rows // WG_ROWS
   row_tiles = -(-F // tiling.rows)
   steps = D // tiling.depth // tiling.splits
+  scales = [scale for scale in (w_scale, x_scale) if scale is not None]
+  turned = row_layout(tiling.tokens)
 
   def kernel(x_gmem, w_gmem, *rest):
-    *scale_gmem, out_gmem = rest
+    *scale_gmem, out_gmem, turn_smem = rest
     row_tile, part = lax.axis_index("row"), lax.axis_index("split")
     first_step = part * steps
 
     def compute(pipeline):
-      row = row_tile * tiling.rows + lax.axis_index("wg") * WG_ROWS
-      out_gmem[part, pl.ds(row, WG_ROWS)] = pipeline(_zeros(tiling))
+      wg = lax.axis_index("wg")
+      rows = pl.ds(row_tile * tiling.rows + wg * WG_ROWS, WG_ROWS)
+      turn_smem[wg] = pipeline(_zeros(tiling))
+      plgpu.commit_smem()
+      total = plgpu.load(turn_smem.at[wg].transpose((1, 0)), layout=turned, optimized=False)
+      if w_scale is not None:
+        per_row = plgpu.load(scale_gmem[-len(scales)].at[rows], layout=turned.reduce(0), optimized=False)
+        total = total * lax.broadcast_in_dim(per_row, total.shape, [1])
+      if x_scale is not None and x_scale.size == 1:
+        total = total * scale_gmem[-1][0]
+      elif x_scale is not None:
+        per_token = plgpu.load(scale_gmem[-1], layout=turned.reduce(1), optimized=False)
+        total = total * lax.broadcast_in_dim(per_token, total.shape, [0])
+      plgpu.store(out_gmem.at[part, :, rows], total.astype(out_dtype), optimized=False)
 
     plgpu.emit_pipeline_warp_specialized(
-      _step(form, tiling, w_FD, scale_gmem[0] if scale_gmem else None, row_tile, first_step),
+      _step(form, tiling, w_FD, scale_gmem[0] if block_scale else None, row_tile, first_step),
       grid=(steps,),
       memory_registers=40,
       in_specs=_specs(form, tiling, row_tile, 0, first_step),
@@ -181,12 +201,13 @@ def _skinny(x, w_FD, block_scale, form: Form, tiling: Tiling):
 
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((tiling.splits, row_tiles * tiling.rows, tiling.tokens), jnp.float32),
+    out_type=jax.ShapeDtypeStruct((tiling.splits, tiling.tokens, row_tiles * tiling.rows), out_dtype),
     grid=(row_tiles, tiling.splits),
     grid_names=("row", "split"),
     num_threads=wgs + 1,
     thread_name="wg",
-  )(x, w_FD, *block_scale)
+    scratch_types=[plgpu.SMEM((wgs, WG_ROWS, tiling.tokens), jnp.float32)],
+  )(x, w_FD, *block_scale, *scales)
 
 
 def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, target):

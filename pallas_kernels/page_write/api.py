@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import debug, dispatch
 
 
 def page_write(
@@ -35,6 +35,6 @@ def page_write(
         f"{', '.join(map(str, entry))}]; got {value.dtype} {value.shape}. Quantize or cast before writing."
       )
   target = target or dispatch.default_target()
-  return dispatch.run(
-    __package__, "page_write", implementation, target, pages, values, token_axes, page_table_BM, query_starts, lengths_B
-  )
+  sizes = {"num_tokens": values[0].shape[0], "page_size": pages[0].shape[token_axes[0]], "num_pages": pages[0].shape[0]}
+  where = debug.checked_pages("page_write", page_table_BM, query_starts, lengths_B, **sizes)
+  return dispatch.run(__package__, "page_write", implementation, target, pages, values, token_axes, *where)

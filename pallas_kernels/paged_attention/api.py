@@ -7,7 +7,8 @@ M pages a sequence. Query heads are grouped by KV head: heads k*G .. k*G + G - 1
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import debug, dispatch
+from pallas_kernels.float8 import Quantized
 
 
 def paged_attention(
@@ -20,9 +21,11 @@ def paged_attention(
   *,
   k_scale: jax.Array | None = None,
   v_scale: jax.Array | None = None,
+  first_page: jax.Array | int = 0,
+  quantize: bool = False,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
-) -> jax.Array:
+) -> jax.Array | Quantized:
   """Causal softmax(q k^T / sqrt(H)) v over each sequence's pages; returns [T, N, H] in q's dtype.
 
   The pages already hold the keys and values of the queries themselves. Sequence b's queries are its last
@@ -36,12 +39,17 @@ def paged_attention(
       None means one query each (decode), T == B.
     lengths_B: int32, tokens in each sequence's context, its queries included; 0 for an empty place, which gives zeros.
     k_scale, v_scale: float32 [P, K, C], one per token and head, with float8 pages only.
+    first_page: added to every entry of the table: where a layer's pages begin in a pool of all layers.
+    quantize: the result goes into a float8 linear: an implementation that can round it on the way out returns
+      Quantized(values [T, N * H], scale [T]) instead.
 
   Raises:
     ValueError: a shape or dtype breaks these rules, or a forced implementation cannot run.
   """
   _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale)
   target = target or dispatch.default_target()
+  sizes = {"num_tokens": q_TNH.shape[0], "page_size": k_pages.shape[2], "num_pages": k_pages.shape[0] - first_page}
+  where = debug.checked_pages("paged_attention", page_table_BM, query_starts, lengths_B, **sizes)
   return dispatch.run(
     __package__,
     "paged_attention",
@@ -50,11 +58,11 @@ def paged_attention(
     q_TNH,
     k_pages,
     v_pages,
-    page_table_BM,
-    query_starts,
-    lengths_B,
+    *where,
     k_scale=k_scale,
     v_scale=v_scale,
+    first_page=first_page,
+    quantize=quantize,
   )
 
 

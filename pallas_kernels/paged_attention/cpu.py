@@ -19,7 +19,10 @@ _TILE = 32  # queries of one sequence at a time
 _LOWEST = -1e30
 
 
-def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target=None):
+def paged_attention(
+  q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, first_page=0, target=None, **_
+):
+  page_table_BM = page_table_BM + first_page
   pages = (to_bytes(k_pages), to_bytes(v_pages), k_scale, v_scale)
   run = _decode if query_starts is None else _prefill
   args = (query_starts,) if query_starts is not None else ()

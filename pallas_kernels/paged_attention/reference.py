@@ -9,7 +9,10 @@ import jax.numpy as jnp
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target=None):
+def paged_attention(
+  q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, first_page=0, target=None, **_
+):
+  page_table_BM = page_table_BM + first_page
   T, N, H = q_TNH.shape
   B, M = page_table_BM.shape
   _, K, C, _ = k_pages.shape

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 
 ROWS = 64  # tokens or head channels of one wgmma
@@ -27,23 +28,58 @@ class Tiling:
 
 
 def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> Tiling:
-  """Tile sizes for a call; they depend on static sizes only, so one program treats every length alike."""
+  """Tile sizes for a call, measured ones (tuned.py) or else the formula's. They depend on static sizes only, so one program
+  treats every length alike."""
   G = N // K
   # Every column costs registers: its output, its softmax and, where K and V are widened, them.
   most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
   if most < G:
     raise NotImplementedError(f"wgmma needs at most {most} query heads a KV head for these pages; got {G}")
-  tokens = 1 if decode else most // G
-  columns = next(c for c in (16, 32, 64) if c >= tokens * G)
+  sizes = tuned.lookup("paged_attention", target, key_of(T, N, K, H, C, B, M, decode, dtype))
+  tokens = 1 if decode else sizes.get("tokens", most // G)
+  columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)
   pages = max(1, ROWS // C)
   num_tiles = B if decode else T // tokens + B
-  ctas = 3 if columns == 16 else 2
+  ctas = sizes.get("ctas_per_sm", 3 if columns == 16 else 2)
   page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
-  fixed = columns * (H + pages * C) * 2 + 3584
+  fixed = columns * (2 * H * 2 + pages * C * 2 + ROWS * 4) + 3584
+  if sizes:
+    return _possible(Tiling(tokens, columns, pages, 0, 0, ctas), sizes, most // G, -(-M // pages), (fixed, page_bytes))
   stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
   sms = target.num_sms or HOPPER_SMS
   splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
   return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
+
+
+def key_of(T, N, K, H, C, B, M, decode: bool, dtype) -> dict[str, str | int]:
+  """How a measured entry is found. Sizes: stages, splits, ctas_per_sm, and for prefill tokens."""
+  shapes = {"N": N, "K": K, "H": H, "C": C, "B": B, "M": M, "pages": jnp.dtype(dtype).name}
+  return {"regime": "decode", **shapes} if decode else {"regime": "prefill", "T": T, **shapes}
+
+
+def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[int, int]) -> Tiling:
+  """`tiling` with measured sizes. Raises ValueError unless the kernel can work with it."""
+  allowed = {"stages", "splits", "ctas_per_sm"} | ({"tokens"} if "tokens" in sizes else set())
+  if set(sizes) != allowed:
+    tuned.refuse("paged_attention", sizes, f"the names {', '.join(sorted(allowed))}")
+  tiling = dataclasses.replace(tiling, stages=sizes["stages"], splits=sizes["splits"])
+  used = smem[0] + tiling.stages * smem[1]
+  rules = {
+    f"at most {most_tokens} tokens a tile": tiling.tokens <= most_tokens,
+    "2 to 8 stages": 2 <= tiling.stages <= 8,
+    f"1 to {steps} splits": 1 <= tiling.splits <= steps,
+    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used * tiling.ctas_per_sm <= _SM_BYTES,
+  }
+  for rule, holds in rules.items():
+    if not holds:
+      tuned.refuse("paged_attention", sizes, rule)
+  return tiling
+
+
+def query_rows(tiling: Tiling, G: int) -> int:
+  """Rows of queries that a tile has in device memory: TMA fills up to 8, or to whole groups of 8, with zeros."""
+  rows = tiling.tokens * G
+  return tiling.columns if rows > 8 and rows % 8 else rows
 
 
 def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
@@ -51,12 +87,14 @@ def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
   return 2 * tiling.stages * tiling.pages * C * H * jnp.dtype(dtype).itemsize
 
 
-def cost(lengths, H: int, K: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
+def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
   """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
   token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
   step = tiling.pages * C
   tokens = sum(-(-length // step) * step for length in lengths)
-  query_bytes = len(lengths) * K * tiling.splits * tiling.columns * (H * 2 + 4)  # with how far each column sees
+  rows = query_rows(tiling, N // K)
+  limits = 0 if tiling.tokens == 1 else tiling.columns * 4  # how far each column sees
+  query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + limits)
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
 
 
@@ -73,11 +111,6 @@ class Tiles:
   def untile(self, x):
     """[tiles * tokens, ...] -> [T, ...], zeros for padding."""
     return jnp.where(self.present.reshape(-1, *(1,) * (x.ndim - 1)), x[self.places], 0)
-
-
-def decode_tiles(lengths_B) -> Tiles:
-  b = jnp.arange(lengths_B.shape[0], dtype=jnp.int32)
-  return Tiles(b, b[:, None], lengths_B[:, None], b, lengths_B > 0)
 
 
 def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:

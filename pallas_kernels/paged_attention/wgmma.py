@@ -31,8 +31,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Target
-from pallas_kernels.fp8_matmul.wgmma import power_of_two_scale, transforms
-from pallas_kernels.paged_attention.tiling import ROWS, Tiles, Tiling, choose_tiling, decode_tiles, prefill_tiles
+from pallas_kernels.fp8_matmul.wgmma import power_of_two, shift_of, transforms
+from pallas_kernels.paged_attention.combine import combine
+from pallas_kernels.paged_attention.tiling import ROWS, Tiling, choose_tiling, prefill_tiles, query_rows
+from pallas_kernels.register_layouts import row_layout
 
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
 _MASKED = -2e30
@@ -41,23 +43,54 @@ _LEAST_SCALE = 2.0**-120  # a place in a page that nothing was written to has sc
 _LAYOUT = plgpu.Layout.WGMMA
 
 
-def paged_attention(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, *, k_scale, v_scale, target: Target):
+def paged_attention(
+  q_TNH,
+  k_pages,
+  v_pages,
+  page_table_BM,
+  query_starts,
+  lengths_B,
+  *,
+  k_scale,
+  v_scale,
+  first_page=0,
+  quantize=False,
+  target: Target,
+):
   T, N, H = q_TNH.shape
   _, K, C, _ = k_pages.shape
   B, M = page_table_BM.shape
   _check(q_TNH, k_pages)
-  tiling = choose_tiling(T, N, K, H, C, B, M, query_starts is None, k_pages.dtype, target)
-  tiles = decode_tiles(lengths_B) if query_starts is None else prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
-  q, factor = _query_tiles(q_TNH, tiles, K, tiling, k_scale is not None)
-  limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - tiling.tokens * N // K)))
+  decode = query_starts is None
+  tiling = choose_tiling(T, N, K, H, C, B, M, decode, k_pages.dtype, target)
+  q = q_TNH.reshape(T, K, N // K, H)
+  if decode:
+    tiles, lengths, ragged = None, lengths_B, ()
+  else:
+    tiles = prefill_tiles(query_starts, lengths_B, T, tiling.tokens)
+    q = q[tiles.tokens].transpose(0, 2, 1, 3, 4).reshape(-1, K, tiling.tokens * N // K, H)
+    limits = jnp.pad(jnp.repeat(tiles.limits, N // K, axis=1), ((0, 0), (0, tiling.columns - q.shape[2])))
+    lengths, ragged = jnp.max(limits, axis=1), (limits, tiles.sequences)
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, query_rows(tiling, N // K) - q.shape[2]), (0, 0)))
   scales = () if k_scale is None else (k_scale, v_scale)
-  meta = page_table_BM, tiles.sequences, jnp.max(limits, axis=1)
-  out, log_sum = _attend(q, factor, limits, k_pages, v_pages, *meta, scales, tiling)
+  table = page_table_BM, jnp.asarray(first_page, jnp.int32).reshape(1)
+  parts = _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling, q_TNH.dtype)
+  if decode and (quantize or tiling.splits > 1):
+    return combine(*parts, N // K, quantize=quantize, dtype=q_TNH.dtype)
+  out = parts[0][:, :, 0] if tiling.splits == 1 else _joined(*parts, q_TNH.dtype)
+  out = out[:, :, : tiling.tokens * N // K]  # [tiles, K, tokens * G, H]
+  if decode:
+    return out.reshape(T, N, H)
+  out = out.reshape(-1, K, tiling.tokens, N // K, H).transpose(0, 2, 1, 3, 4)
+  return tiles.untile(out.reshape(-1, N, H))
+
+
+def _joined(out, log_sum, dtype):
+  """The parts of each tile weighed by their sums."""
+  log_sum = log_sum[..., : out.shape[3]]
   weights = jnp.exp2(log_sum - jnp.max(log_sum, axis=2, keepdims=True))
   weights = weights / jnp.sum(weights, axis=2, keepdims=True)
-  out = jnp.sum(out * weights[:, :, :, None], axis=2)[..., : tiling.tokens * N // K]  # [tiles, K, H, tokens * G]
-  out = out.reshape(*out.shape[:3], tiling.tokens, N // K).transpose(0, 3, 1, 4, 2)
-  return tiles.untile(out.reshape(-1, N, H)).astype(q_TNH.dtype)
+  return jnp.sum(out * weights[..., None], axis=2).astype(dtype)
 
 
 def _check(q_TNH, k_pages):
@@ -68,39 +101,35 @@ def _check(q_TNH, k_pages):
     raise NotImplementedError(f"wgmma needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
 
 
-def _query_tiles(q_TNH, tiles: Tiles, K: int, tiling: Tiling, widen: bool):
-  """(q [tiles, K, columns, H], float32 factor [tiles, K] that turns scores into exponents of 2)."""
-  _, N, H = q_TNH.shape
-  q = q_TNH[tiles.tokens].reshape(-1, tiling.tokens, K, N // K, H).transpose(0, 2, 1, 3, 4)
-  q = q.reshape(q.shape[0], K, -1, H)
-  factor = jnp.full(q.shape[:2], math.log2(math.e) / math.sqrt(H), jnp.float32)
-  if widen:
-    flat, power = power_of_two_scale(q.reshape(*q.shape[:2], -1))
-    q, factor = flat.reshape(q.shape), factor * power
-  return jnp.pad(q, ((0, 0), (0, 0), (0, tiling.columns - q.shape[2]), (0, 0))), factor
+def _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling: Tiling, dtype):
+  """Of q [tiles, K, rows, H]: normalized parts [tiles, K, splits, rows or up to 3 more, H], float32 or, where there is one, in
+  `dtype`; and log2 of their sums [tiles, K, splits, columns].
 
-
-def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengths, scales, tiling: Tiling):
-  """Normalized parts float32 [tiles, K, splits, H, columns] and log2 of their sums [tiles, K, splits, columns]."""
-  num_tiles, K, columns, H = q.shape
-  C = k_pages.shape[2]
+  lengths [tiles]: how many keys of its sequence a tile sees at most. ragged: nothing in decode, where tile b is sequence b and
+  all its queries see as many; in prefill how many each column sees, limits [tiles, columns], and the sequences [tiles].
+  """
+  num_tiles, K, rows, H = q.shape
+  rows = -(-rows // 4) * 4  # as many as warps, so that none repeats another's work
+  C, columns = k_pages.shape[2], tiling.columns
   step_tokens = tiling.pages * C
   halves, blocks = step_tokens // ROWS, H // ROWS
   widen = bool(scales)
-  p_dtype = q.dtype
+  p_dtype = jnp.dtype(jnp.float16) if widen else q.dtype
   summed = columns == ROWS  # sums in every step cost a barrier, sums at the end cost registers
   p_swizzle = min(128, 2 * columns, 2 * C)
 
   def kernel(*refs):
-    q_gmem, factor_gmem, limits_gmem, k_gmem, v_gmem, table_gmem, sequences_gmem, lengths_gmem, *rest = refs
-    scale_gmem, (out_gmem, sum_gmem), scratch = (
+    q_gmem, k_gmem, v_gmem, table_gmem, first_gmem, lengths_gmem, *rest = refs
+    ragged_gmem, rest = rest[: len(ragged)], rest[len(ragged) :]
+    scale_gmem, (out_gmem, sum_gmem, q_smem, k_smem, v_smem, p_smem, turn_smem, *rest) = (
       rest[: len(scales)],
-      rest[len(scales) : len(scales) + 2],
-      rest[len(scales) + 2 :],
+      rest[len(scales) :],
     )
-    q_smem, k_smem, v_smem, p_smem, *scale_smem, limits_smem, k_barrier, v_barrier, q_barrier = scratch
+    (k_barrier, v_barrier, q_barrier), rest = rest[:3], rest[3:]
+    given_smem, *scale_smem = rest[:3] if widen else [q_smem]
     part, head, tile = lax.axis_index("part"), lax.axis_index("head"), lax.axis_index("tile")
-    sequence, length = sequences_gmem[tile], lengths_gmem[tile]
+    sequence = ragged_gmem[1][tile] if ragged else tile
+    length, first_page = lengths_gmem[tile], first_gmem[0]
     num_pages = lax.div(length + (C - 1), jnp.int32(C))
     steps = lax.div(num_pages + (tiling.pages - 1), jnp.int32(tiling.pages))
     per_part = lax.div(steps + (tiling.splits - 1), jnp.int32(tiling.splits))
@@ -110,7 +139,7 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
     def page_ids(step):
       # A second page that does not exist is the last one again, all masked: memory that was never written may hold NaN.
       numbers = [jnp.clip(step * tiling.pages + j, 0, num_pages - 1) for j in range(tiling.pages)]
-      return [table_gmem[sequence, jnp.maximum(number, 0)] for number in numbers]
+      return [first_page + table_gmem[sequence, jnp.maximum(number, 0)] for number in numbers]
 
     def load(ids, slot):
       for j, page in enumerate(ids):
@@ -122,11 +151,13 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
           plgpu.copy_gmem_to_smem(scale_gmem[0].at[page, head], scale_smem[0].at[slot, tokens], k_barrier.at[slot])
           plgpu.copy_gmem_to_smem(scale_gmem[1].at[page, head], scale_smem[1].at[slot, tokens], k_barrier.at[slot])
 
-    plgpu.copy_gmem_to_smem(q_gmem.at[tile, head], q_smem, q_barrier)
+    # Rows past the last are zeros from TMA: columns that nobody asks for.
+    plgpu.copy_gmem_to_smem(q_gmem.at[tile, head, pl.ds(tile * 0, columns)], given_smem, q_barrier)
     for i, ids in enumerate([page_ids(first + i) for i in range(tiling.stages)]):
       pl.when(first + i < last)(functools.partial(load, ids, i))
-    plgpu.copy_gmem_to_smem(limits_gmem.at[tile], limits_smem, q_barrier)
-    factor = factor_gmem[tile, head]
+    if ragged:
+      limits_smem = rest[-1]
+      plgpu.copy_gmem_to_smem(ragged_gmem[0].at[tile], limits_smem, q_barrier)
     shape = (ROWS, columns)
 
     def over_columns(x):
@@ -162,6 +193,16 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
       return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), _LAYOUT)
 
     plgpu.barrier_wait(q_barrier)
+    factor = jnp.float32(math.log2(math.e) / math.sqrt(H))
+    if widen:
+      pairs = row_layout(columns, 2)
+      given = plgpu.load(given_smem, layout=pairs).astype(jnp.float32)
+      # Bits are looked at in vectors, since Mosaic has no bitcast of a scalar.
+      shift = jnp.min(shift_of(jnp.max(jnp.abs(given), axis=1)))
+      up = power_of_two(plgpu.layout_cast(jnp.full(given.shape, shift, jnp.int32), pairs))
+      plgpu.store(q_smem, (given * up).astype(p_dtype), optimized=False)
+      plgpu.commit_smem()
+      factor = factor * power_of_two(plgpu.layout_cast(jnp.full(shape, -shift, jnp.int32), _LAYOUT))
 
     def step(i, carry):
       acc, total, top = carry
@@ -178,8 +219,8 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
           s = s * over_rows(k_scale) + over_rows(jnp.log2(v_scale))
           v_scales.append(v_scale)
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_LAYOUT) + ((first + i) * step_tokens + half * ROWS)
-        limit = plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)
-        exponents.append(jnp.where(position < over_columns(limit), s, _MASKED))
+        limit = over_columns(plgpu.load(limits_smem, layout=_LAYOUT.reduce(0), optimized=False)) if ragged else length
+        exponents.append(jnp.where(position < limit, s, _MASKED))
       new_top = functools.reduce(jnp.maximum, (t.max(axis=0) for t in exponents), top)
       shrink = jnp.exp2(top - new_top)
       total = total * (shrink if summed else over_columns(shrink))
@@ -205,30 +246,37 @@ def _attend(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengt
     acc, total, top = lax.fori_loop(0, last - first, step, start)
     total = jnp.maximum(total if summed else total.sum(axis=0), _TINY)
     for block in range(blocks):
-      out_gmem[tile, head, part, pl.ds(block * ROWS, ROWS)] = acc[block] / over_columns(total)
+      turn_smem[...] = acc[block] / over_columns(total)
+      plgpu.commit_smem()
+      turned = plgpu.load(turn_smem.at[:, pl.ds(0, rows)].transpose((1, 0)), layout=row_layout(rows), optimized=False)
+      place = out_gmem.at[tile, head, part, :, pl.ds(block * ROWS, ROWS)]
+      plgpu.store(place, turned.astype(out_dtype), optimized=False)
     plgpu.store(sum_gmem.at[tile, head, part], top + jnp.log2(total), optimized=False)
 
   stages = tiling.stages
   page = k_pages.dtype
+  out_dtype = jnp.float32 if tiling.splits > 1 else dtype
   scratch = [
-    plgpu.SMEM((columns, H), q.dtype, transforms=transforms(q.dtype, H)),
+    plgpu.SMEM((columns, H), p_dtype, transforms=transforms(p_dtype, H)),
     plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, ROWS * page.itemsize)),
     plgpu.SMEM((stages, tiling.pages, H, C), page, transforms=transforms(page, C)),
     plgpu.SMEM((step_tokens, columns), p_dtype, transforms=transforms(p_dtype, columns, p_swizzle)),
-    *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
-    plgpu.SMEM((columns,), jnp.int32),  # last: the others are aligned to 1024 bytes
+    plgpu.SMEM((ROWS, columns), jnp.float32),
     plgpu.Barrier(num_arrivals=tiling.pages * (1 + len(scales)), num_barriers=stages),
     plgpu.Barrier(num_arrivals=tiling.pages, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=2),
+    plgpu.Barrier(num_arrivals=2 if ragged else 1),
+    *([plgpu.SMEM((columns, H), q.dtype)] if widen else []),
+    *(plgpu.SMEM((stages, step_tokens), jnp.float32) for _ in scales),
+    *([plgpu.SMEM((columns,), jnp.int32)] if ragged else []),  # last: the others are aligned to 1024 bytes
   ]
   return plgpu.kernel(
     kernel,
     out_type=(
-      jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, H, columns), jnp.float32),
+      jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, rows, H), out_dtype),
       jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, columns), jnp.float32),
     ),
     grid=(tiling.splits, K, num_tiles),
     grid_names=("part", "head", "tile"),
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
-  )(q, factor, limits, k_pages, v_pages, page_table_BM, sequences, lengths, *scales)
+  )(q, k_pages, v_pages, *table, lengths, *ragged, *scales)

@@ -1,0 +1,68 @@
+"""The plain truth, on any device, with derivatives. Bits do not depend on the number of tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.float8 import quantize_tokens
+from pallas_kernels.page_write.api import page_write
+
+
+def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target=None):
+  x_TD = x_TD + y_TD
+  x = x_TD.astype(jnp.float32)
+  return x_TD, (x * jax.lax.rsqrt(_mean_square(x) + eps) * weight_D).astype(x_TD.dtype)
+
+
+def _mean_square(x_TD):
+  """Mean of x^2 along D, float32 [T, 1].
+
+  As a product with ones: on a CPU a plain sum rounds differently for few rows than for many, a product of at least two
+  rows and columns does not, and results must not depend on what else is in the batch.
+  """
+  T, D = x_TD.shape
+  square = x_TD * x_TD
+  if T == 1:
+    square = jnp.concatenate([square, square])
+  total = jax.lax.dot_general(square, jnp.ones((8, D)), (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+  return total[:T, :1] / D
+
+
+def rope_write_with(write: str):
+  """`rope_write` whose pages are written by page_write's implementation `write`."""
+
+  def rope_write(
+    qkv, cos_TH, sin_TH, pages, page_table_BM, query_starts, lengths_B, *, first_page, static_scales, dtype, target=None
+  ):
+    _, K, _, H = pages[0].shape
+    heads = qkv.finish(dtype)
+    heads = heads.reshape(heads.shape[0], K, -1, H)  # [T, K, G + 2, H]
+    T, _, rows, _ = heads.shape
+    turn = functools.partial(_rotate, cos=cos_TH[:, None], sin=sin_TH[:, None])
+    q = turn(heads[:, :, : rows - 2].reshape(T, K * (rows - 2), H))
+    k, v = turn(heads[:, :, rows - 2]), heads[:, :, rows - 1]
+    if len(pages) == 2:
+      values = k.astype(pages[0].dtype), v.astype(pages[1].dtype)
+    else:
+      given = (None, None) if static_scales is None else (jnp.broadcast_to(scale, (T, K)) for scale in static_scales)
+      (k, k_scale), (v, v_scale) = (quantize_tokens(x, scale) for x, scale in zip((k, v), given, strict=True))
+      values = k, v, k_scale, v_scale
+    where = page_table_BM + first_page, query_starts, lengths_B
+    return q, page_write(pages, values, (2, 3, 2, 2)[: len(pages)], *where, implementation=write, target=target)
+
+  return rope_write
+
+
+rope_write = rope_write_with("reference")
+
+
+def _rotate(x_TNH, cos, sin):
+  first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)
+
+
+def silu_multiply(gate_up, *, quantize, static_scale, dtype, target=None):
+  gate_up = gate_up.finish(dtype).astype(jnp.float32)
+  F = gate_up.shape[1] // 2
+  return (jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]).astype(dtype)
