@@ -13,15 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxfp8 import layout, static_scales
-from jaxfp8.checkpoint_folder import (
-  CheckpointWriter,
-  Manifest,
-  check_files,
-  damaged,
-  orbax,
-  orbax_context,
-  read_manifest,
-)
+from jaxfp8.checkpoint_folder import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
+from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
@@ -29,13 +22,16 @@ from jaxfp8.filling import Range, fill
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
+from jaxfp8.widening import widened
 
 
 def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
   """Writes a model that holds arrays as a checkpoint. Raises InputError for a model cut or padded for several devices."""
   if model.shape.tensor != 1:
     raise InputError(f"save: the model must be loaded with tensor=1; got tensor={model.shape.tensor}. Load it again.")
-  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, {"source": "jaxfp8.save"})
+  names = tuple(key.partition("[")[0] for key in static_scales.wanted(model))
+  about = {"source": "jaxfp8.save"}
+  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, about, static_scales=names)
   with CheckpointWriter(folder, manifest) as writer:
     arrays = {layout.EMBEDDING: model.embedding, layout.FINAL_NORM: model.final_norm.weight}
     if not model.config.tied_embeddings:
@@ -69,8 +65,9 @@ def load_checkpoint(
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
   reader = CheckpointReader(pathlib.Path(folder), manifest)
-  static_scales.require(static_scales.wanted_keys(model.config, recipe, manifest.formats), reader.expected, folder)
-  return static_scales.fill(fill(model, reader.read, mesh), reader.read_array, mesh)
+  static_scales.require(static_scales.wanted(model), reader.expected, folder)
+  read = widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream])
+  return static_scales.fill(fill(model, read, mesh), reader.read_array, mesh)
 
 
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
@@ -110,9 +107,10 @@ class CheckpointReader:
 
   def __init__(self, folder: pathlib.Path, manifest: Manifest):
     self.folder = folder
-    self.config, self.recipe, self.formats = manifest.config, manifest.recipe, manifest.formats
     check_files(folder)
-    groups = layout.checkpoint_arrays(manifest.config, manifest.recipe, manifest.formats)
+    groups = layout.checkpoint_arrays(
+      manifest.config, manifest.recipe, manifest.formats, manifest.exceptions, manifest.static_scales
+    )
     self.expected = {key: value for group in groups for key, value in group.items()}
     import tensorstore
 
@@ -127,8 +125,6 @@ class CheckpointReader:
       raise damaged(self.folder, error) from error
     if not stored:
       raise damaged(self.folder, "Orbax finds no arrays")
-    scales = static_scales.possible_arrays(manifest.config, manifest.formats)
-    self.expected |= {key: value for key, value in scales.items() if key in stored}
     for key, (shape, dtype) in self.expected.items():
       found = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
       if found != (shape, dtype):

@@ -39,7 +39,8 @@ class Magnitudes:
 
 
 def _centres() -> np.ndarray:
-  return ((np.arange(_NUM_BINS, dtype=np.uint32) << _BIN_BITS) | (1 << (_BIN_BITS - 1))).view(np.float32).astype(np.float64)
+  bits = (np.arange(_NUM_BINS, dtype=np.uint32) << _BIN_BITS) | (1 << (_BIN_BITS - 1))
+  return np.nan_to_num(bits.view(np.float32)).astype(np.float64)
 
 
 def _percentile(bins: np.ndarray) -> float:

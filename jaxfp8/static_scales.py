@@ -10,7 +10,7 @@ saturate. Refuses to know how scales are chosen (calibration.py).
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -18,48 +18,47 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxfp8 import layout
-from jaxfp8.config import STATIC, LlamaConfig, Recipe
 from jaxfp8.errors import InputError
-from jaxfp8.layers import LayerFormat
+from jaxfp8.layers import DecoderLayer
 from jaxfp8.model import Llama
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 KV = ("k_scale", "v_scale")
 
 
-def input_key(layer: int, matrix: str) -> str:
-  return f"model.layers.{layer}.{matrix}.input_scale[]"
+def wanted(model: Llama) -> list[str]:
+  """The keys of all static scales that this model has."""
+  return [key for rows in _rows(model).values() for row in rows for key in row]
+
+
+def _rows(model: Llama) -> dict[tuple[int, str], list[list[str]]]:
+  """(segment, one of LINEARS or KV) -> for each layer of the segment the keys that its scale there is made of."""
+  found = {}
+  for place, (segment, (start, stop, _)) in enumerate(zip(model.segments, model.segment_bounds(), strict=True)):
+    for merged in LINEARS:
+      if layout.merged_linear(segment, merged).input_scale is not None:
+        found[place, merged] = [input_keys(layer, merged) for layer in range(start, stop)]
+    for name in KV if segment.attention.k_scale is not None else ():
+      found[place, name] = [[kv_key(layer, name)] for layer in range(start, stop)]
+  return found
+
+
+def _param(segment: DecoderLayer, name: str) -> nnx.Param:
+  return layout.merged_linear(segment, name).input_scale if name in LINEARS else getattr(segment.attention, name)
+
+
+def input_keys(layer: int, merged: str) -> list[str]:
+  return [layout.static_key(f"{module}.input_scale") for module in layout.merged_modules(layer)[merged]]
 
 
 def kv_key(layer: int, name: str) -> str:
   """`name` is one of KV."""
-  return f"model.layers.{layer}.self_attn.{name}[K]"
-
-
-def is_scale(key: str) -> bool:
-  return key.endswith((".input_scale[]", *(f".{name}[K]" for name in KV)))
-
-
-def possible_arrays(config: LlamaConfig, formats: tuple[LayerFormat, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-  """Key -> (shape, dtype) of every static scale that a checkpoint may have."""
-  f32, found = np.dtype(np.float32), {}
-  for layer, layer_format in enumerate(formats):
-    for merged in LINEARS:
-      if getattr(layer_format, merged) == "fp8":
-        found |= {input_key(layer, matrix): ((), f32) for matrix in layout.matrices_of(merged)}
-    found |= {kv_key(layer, name): ((config.num_kv_heads,), f32) for name in KV}
-  return found
-
-
-def wanted_keys(config: LlamaConfig, recipe: Recipe, formats: tuple[LayerFormat, ...]) -> list[str]:
-  """Those that a model of `recipe` needs."""
-  wants = {True: recipe.kv.endswith(STATIC), False: recipe.activations.endswith(STATIC)}
-  return [key for key in possible_arrays(config, formats) if wants[key.endswith("[K]")]]
+  return layout.static_key(f"model.layers.{layer}.self_attn.{name}")
 
 
 def require(keys: Collection[str], there: Collection[str], where: object) -> None:
-  """Raises InputError when some of `keys` are static scales that are not `there`."""
-  missing = [key for key in keys if is_scale(key) and key not in there]
+  """Raises InputError when some of `keys` are not `there`."""
+  missing = [key for key in keys if key not in there]
   if missing:
     raise InputError(
       f"load: a recipe with static scales needs {missing[0]}; {where} has none. Write a checkpoint with them by "
@@ -69,17 +68,10 @@ def require(keys: Collection[str], there: Collection[str], where: object) -> Non
 
 def fill(model: Llama, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Llama:
   """Puts static scales into an abstract model that has them; `read(key)` gives an array. Raises InputError for bad ones."""
-  for segment, (start, stop, _) in zip(model.segments, model.segment_bounds(), strict=True):
-    layers = range(start, stop)
-    for merged in LINEARS:
-      scale = layout.merged_linear(segment, merged).input_scale
-      if scale is not None:
-        rows = [[input_key(layer, matrix) for matrix in layout.matrices_of(merged)] for layer in layers]
-        _place(scale, _largest([{key: float(read(key)) for key in row} for row in rows]), mesh)
-    for name in KV:
-      scale = getattr(segment.attention, name)
-      if scale is not None:
-        _place(scale, _per_head(model, {key: read(key) for key in (kv_key(layer, name) for layer in layers)}), mesh)
+  for (place, name), rows in _rows(model).items():
+    arrays = [{key: np.asarray(read(key)) for key in row} for row in rows]
+    _require_positive(arrays)
+    _place(_param(model.segments[place], name), _largest(arrays) if name in LINEARS else _per_head(model, arrays), mesh)
   return model
 
 
@@ -90,26 +82,18 @@ def _place(param: nnx.Param, array: np.ndarray, mesh: Mesh | None) -> None:
 
 def split_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
   """One layer's static scales, of a model for one device, as checkpoint arrays."""
-  segment, start = next(
-    (segment, start)
-    for segment, (start, stop, _) in zip(model.segments, model.segment_bounds(), strict=True)
-    if start <= layer < stop
-  )
   arrays = {}
-  for merged in LINEARS:
-    scale = layout.merged_linear(segment, merged).static_scale
-    if scale is not None:
-      arrays |= {input_key(layer, matrix): np.asarray(scale[layer - start]) for matrix in layout.matrices_of(merged)}
-  if segment.attention.static_scales is not None:
-    for name, scale in zip(KV, segment.attention.static_scales, strict=True):
-      arrays[kv_key(layer, name)] = np.asarray(scale[layer - start])
+  for (place, name), rows in _rows(model).items():
+    start, stop, _ = model.segment_bounds()[place]
+    if start <= layer < stop:
+      scale = np.asarray(_param(model.segments[place], name).get_value())[layer - start]
+      arrays |= {key: np.asarray(scale) for key in rows[layer - start]}
   return arrays
 
 
-def _largest(rows: list[dict[str, float]]) -> np.ndarray:
+def _largest(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
   """float32 [layers]: of the scales of matrices that share an input."""
   for row in rows:
-    _require_positive(row)
     if max(row.values()) > min(row.values()):
       _say_once(
         f"jaxfp8: matrices that share an input have different scales, as {next(iter(row))} and its like; the largest counts."
@@ -117,17 +101,17 @@ def _largest(rows: list[dict[str, float]]) -> np.ndarray:
   return np.array([max(row.values()) for row in rows], np.float32)
 
 
-def _per_head(model: Llama, scales: dict[str, np.ndarray]) -> np.ndarray:
+def _per_head(model: Llama, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
   """float32 [layers, kv * group * K_local]: each head's scale on every device that has the head (as layout.py merges qkv)."""
-  mesh, K, layers = model.shape, model.config.num_kv_heads, len(scales)
-  _require_positive(scales)
-  by_head = np.stack([np.asarray(scale, np.float32) for scale in scales.values()]).reshape(layers, mesh.kv, 1, K // mesh.kv)
+  mesh, K, layers = model.shape, model.config.num_kv_heads, len(rows)
+  scales = np.stack([scale for row in rows for scale in row.values()]).astype(np.float32)
+  by_head = scales.reshape(layers, mesh.kv, 1, K // mesh.kv)
   return np.broadcast_to(by_head, (layers, mesh.kv, mesh.group, K // mesh.kv)).reshape(layers, -1)
 
 
-def _require_positive(scales: Mapping[str, float | np.ndarray]) -> None:
-  for key, scale in scales.items():
-    if not (np.isfinite(scale).all() and np.all(np.asarray(scale) > 0)):
+def _require_positive(rows: list[dict[str, np.ndarray]]) -> None:
+  for key, scale in ((key, scale) for row in rows for key, scale in row.items()):
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
       raise InputError(f"load: static scales must be positive; {key} is {scale}. Calibrate again.")
 
 
