@@ -21,8 +21,10 @@ from jaxfp8.batch import PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import QArray, dequantize
+from jaxfp8.layout import merged_linear
 from jaxfp8.model import Llama
 
+MATRICES = ("qkv", "o", "gate_up", "down")  # of a layer, as a model merges them
 RESAMPLES, CONFIDENCE = 2000, 0.95
 EXP = np.exp  # what makes a perplexity of a mean of nll
 _POSITIONS = 128  # whose logits exist at a time
@@ -178,8 +180,8 @@ def bootstrap(values: np.ndarray, transform: Callable = lambda mean: mean) -> Es
   return Estimate(float(transform(means.mean())), float(low), float(high))
 
 
-def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
-  """`base` with the numbers that some layers have in `quantized`, widened to base's dtype: what their rounding alone changes.
+def with_layers(base: Llama, quantized: Llama, layers: Sequence[int], matrices: Sequence[str] = MATRICES) -> Llama:
+  """`base` with the numbers that some layers' matrices have in `quantized`, in base's dtype: what rounding them changes.
 
   A model with those layers in float8 gives the same results but for the order of sums; this one has base's formats, so that
   one compiled program serves for every choice of layers. Both are of one config on one device, with equal formats in all
@@ -189,7 +191,7 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
     raise InputError("quality: with_layers needs two models of one config, each with equal formats in all its layers.")
   graph, state = nnx.split(base)
   changed = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # new variables: `merge` alone would share base's
-  for own, theirs in zip(_linears(changed.segments[0]), _linears(quantized.segments[0]), strict=True):
+  for own, theirs in zip(*(_linears(model.segments[0], matrices) for model in (changed, quantized)), strict=True):
     value = own.get_value()
     for layer in layers:
       rounded = _widen(jax.tree.map(lambda leaf, layer=layer: leaf[layer], theirs.get_value()))
@@ -198,8 +200,8 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
   return changed
 
 
-def _linears(segment) -> list[nnx.Param]:
-  return [linear.weight for linear in (segment.attention.qkv, segment.attention.o, segment.mlp.gate_up, segment.mlp.down)]
+def _linears(segment, matrices: Sequence[str]) -> list[nnx.Param]:
+  return [merged_linear(segment, name).weight for name in matrices]
 
 
 def _widen(weight: QArray | jax.Array) -> jax.Array:
