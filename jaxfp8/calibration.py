@@ -34,7 +34,7 @@ from jaxfp8.layers import Linear, StepContext
 from jaxfp8.magnitudes import SCALES, Magnitudes
 from jaxfp8.model import Llama
 from jaxfp8.readers import Source
-from jaxfp8.rounding import check_rounding, round_weights
+from jaxfp8.rounding import Inputs, check_rounding, round_weights
 from jaxfp8.source_arrays import SourceArrays
 from jaxfp8.widening import widened
 
@@ -188,9 +188,10 @@ class Calibrator:
   def _round(self, layer: int, hessians: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     found = {}
     for merged in self._float8(layer):
+      inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
       for weight, scale in layout.keys_of(layer, merged, self.recipe.granularity):
         source = self.arrays.source.read(weight.split("[")[0])
-        q = round_weights(source, self.recipe.granularity, self.rounding, hessians.get(merged))
+        q = round_weights(source, self.recipe.granularity, self.rounding, inputs)
         found |= {weight: q.qvalue, scale: q.scale}
     return found
 

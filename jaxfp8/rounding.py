@@ -9,6 +9,7 @@ GPTQ minimizes |X (W - Q)^T|^2 for inputs X [T, D] of calibration text, of which
 times one matrix and one H in float32. Refuses to know where X comes from (calibration.py).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -33,14 +34,14 @@ def check_rounding(rounding: str) -> None:
     raise InputError(f"rounding: must be one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
 
 
-def round_weights(w_FD: np.ndarray, granularity: str, rounding: str, hessian_DD: jax.Array | None = None) -> QArray:
-  """w in float8 by `rounding`, numpy in, numpy out. `hessian_DD` is X^T X, for gptq alone."""
+def round_weights(w_FD: np.ndarray, granularity: str, rounding: str, inputs: "Inputs | None" = None) -> QArray:
+  """w in float8 by `rounding`, numpy in, numpy out. `inputs` are for gptq alone."""
   check_rounding(rounding)
   w = np.asarray(w_FD, np.float32)
   if rounding == "gptq":
-    if hessian_DD is None or hessian_DD.shape != (w.shape[1],) * 2:
-      raise InputError(f"rounding: gptq needs X^T X [D, D] with D={w.shape[1]}; got {getattr(hessian_DD, 'shape', None)}.")
-    q = _gptq(w, np.asarray(hessian_DD), granularity)
+    if inputs is None or len(inputs.order) != w.shape[1]:
+      raise InputError(f"rounding: gptq needs to know inputs of D={w.shape[1]}; got {inputs and len(inputs.order)}.")
+    q = _gptq(w, inputs, granularity)
   else:
     q = _least_squares(w, granularity) if rounding == "mse" else _nearest(w, granularity)
   return jax.tree.map(np.asarray, q)
@@ -87,14 +88,33 @@ def _spread(scale, shape: tuple[int, int]):
   return scale.repeat(BLOCK, axis=0)[:F].repeat(BLOCK, axis=1)[:, :D]
 
 
-def _gptq(w_FD: np.ndarray, hessian_DD: np.ndarray, granularity: str) -> QArray:
-  """Columns go in the order of falling H[j, j]: what is multiplied with most is rounded while most can make up for it.
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What GPTQ has to know of a matrix's inputs; matrices with one input share it.
 
-  In numpy on the host, with columns as rows: XLA:CPU's conversions to float8 would cost ten times the arithmetic.
+  order: of the columns, by falling H[j, j]: what is multiplied with most is rounded while most can make up for it.
+  factor: U, upper triangular in that order, with U^T U = (H + damping)^-1: row j says how column j's error is shared out.
   """
+
+  order: np.ndarray
+  factor: np.ndarray
+
+  @classmethod
+  def of(cls, hessian_DD: np.ndarray) -> "Inputs":
+    """hessian_DD: H = X^T X, float32."""
+    diagonal = np.diagonal(hessian_DD)
+    order = np.argsort(-diagonal, kind="stable")
+    damping = max(DAMPING * float(np.mean(diagonal)), float(np.finfo(np.float32).tiny))
+    damped = hessian_DD[np.ix_(order, order)].astype(np.float64) + damping * np.eye(len(order))
+    # H = L L^T gives H^-1 = (L^-1)^T L^-1; its own factor is wanted the other way round, so rows and columns are turned.
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    return cls(order, np.linalg.inv(lower)[::-1, ::-1].astype(np.float32))
+
+
+def _gptq(w_FD: np.ndarray, inputs: Inputs, granularity: str) -> QArray:
+  """In numpy on the host, with columns as rows: XLA:CPU's conversions to float8 would cost ten times the arithmetic."""
   scale = np.asarray(_nearest(w_FD, granularity).scale)
-  order = np.argsort(-np.diagonal(hessian_DD), kind="stable")
-  factor = _inverse_factor(hessian_DD[np.ix_(order, order)])
+  order, factor = inputs.order, inputs.factor
   w, spread = np.ascontiguousarray(w_FD.T[order]), _spread(scale, w_FD.shape).T[order]
   q = np.empty(w.shape, _FLOAT8)
   for start in range(0, len(w), _COLUMNS):
@@ -110,14 +130,3 @@ def _gptq(w_FD: np.ndarray, hessian_DD: np.ndarray, granularity: str) -> QArray:
   rounded = np.empty(w_FD.shape, _FLOAT8)
   rounded[:, order] = q.T
   return QArray(rounded, scale)
-
-
-def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
-  """U, upper triangular, with U^T U = (H + damping)^-1: row j says how column j's error is shared out."""
-  diagonal = np.diagonal(hessian)
-  damping = max(DAMPING * float(np.mean(diagonal)), float(np.finfo(np.float32).tiny))
-  damped = hessian.astype(np.float64) + damping * np.eye(len(hessian))
-  # H = L L^T gives H^-1 = (L^-1)^T L^-1; its own factor is wanted the other way round, so rows and columns are turned.
-  lower = np.linalg.cholesky(damped[::-1, ::-1])
-  inverse = np.linalg.inv(lower) if len(lower) else lower
-  return inverse[::-1, ::-1].astype(np.float32)
