@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import re
 
 import ml_dtypes
 import numpy as np
 import numpy_llama
 import pytest
-import tiny_llamas
 import tiny_models
 from numpy_recipes import divergence
 
@@ -18,6 +16,7 @@ from jaxfp8 import (
   cli,
   convert,
   fp8,
+  layout,
   magnitudes,
   quality,
   quality_gate,
@@ -113,14 +112,15 @@ class TestScales:
     assert len(seen) == 6 * config.num_layers
 
   def test_each_choice_against_numpy(self):
-    values = np.random.default_rng(0).standard_t(3, (2, 40000)).astype(np.float32)
+    values = np.random.default_rng(0).standard_t(3, (2, 200000)).astype(np.float32)
     sizes = magnitudes.Magnitudes(2)
     for part in np.split(values, 4, axis=1):
       sizes.add(part)
     found = sizes.scales()
     for row, own in enumerate(np.abs(values)):
       assert found["max"][row] == np.float32(own.max() / 448)
-      np.testing.assert_allclose(found["percentile"][row] * 448, np.percentile(own, magnitudes.PERCENTILE), rtol=0.02)
+      percentile = np.percentile(own, magnitudes.PERCENTILE, method="inverted_cdf")
+      np.testing.assert_allclose(found["percentile"][row] * 448, percentile, rtol=0.02)
 
       def error(scale, own=own):
         rounded = np.clip(own / scale, 0, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
@@ -215,7 +215,8 @@ class TestRounding:
     w = np.random.default_rng(1).standard_normal((130, 140)).astype(np.float32) ** 3
     q, plain = rounding.round_weights(w, granularity, "mse"), fp8.quantize(w, granularity)
     errors = [np.square(np.asarray(fp8.dequantize(x)) - w).sum() for x in (q, plain)]
-    assert q.scale.shape == plain.scale.shape and errors[0] < errors[1]
+    assert q.scale.shape == plain.scale.shape and errors[0] <= errors[1]
+    assert granularity != "channel" or errors[0] < errors[1], "of many scales some have room"
     assert (np.asarray(q.scale) <= np.asarray(plain.scale)).all()
 
   def test_lower_divergence_at_the_same_size(self, config, folder, chunks):
@@ -236,13 +237,14 @@ class TestRounding:
       rounding.round_weights(np.ones((4, 8)), "channel", "gptq")
 
 
-class TestCheckpoint:
-  @pytest.fixture(scope="class")
-  def written(self, folder, chunks, tmp_path_factory):
-    out = tmp_path_factory.mktemp("c") / "out"
-    calibration.calibrate(folder, out, chunks, rounding="gptq", scales="mse", provenance={"text": "some"})
-    return out
+@pytest.fixture(scope="module")
+def written(folder, chunks, tmp_path_factory):
+  out = tmp_path_factory.mktemp("c") / "out"
+  calibration.calibrate(folder, out, chunks, rounding="gptq", scales="mse", provenance={"text": "some"})
+  return out
 
+
+class TestCheckpoint:
   def test_it_is_what_it_says(self, written, config):
     manifest, model = read_manifest(written), convert.load(written)
     assert manifest.recipe == STATIC == model.recipe
@@ -274,14 +276,24 @@ class TestCheckpoint:
 
 class TestDecisions:
   def test_the_costliest_matrices_stay(self, config, folder):
+    """Each matrix alone through float8, by numpy; the costliest is the one that is kept."""
     source, chunks = readers.open_source(folder), quality.cut_chunks(tiny_models.make_tokens(config, 300), 128, 64)
-    weights = tiny_models.make_weights(config)
-    weights["model.layers.1.mlp.down_proj.weight"][:, 0] *= 3000  # float8 with one scale a tensor loses all the others
-    broken = tiny_llamas.source(CASE, weights)
-    (expression,) = quality_gate.keep_expressions(broken, ["auto:1"], "tensor", chunks)
-    assert re.search(expression, "model.layers.1.mlp.down_proj") and not re.search(expression, "model.layers.11.mlp.down_proj")
+    weights, fake = tiny_models.make_weights(config), fake_weights(config)
+    plain = [numpy_llama.forward(config, weights, row[:-1]) for row in chunks]
+    costs = quality_gate.matrix_costs(source, "channel", chunks)
+    truth = {}
+    for layer in range(config.num_layers):
+      for merged, modules in layout.merged_modules(layer).items():
+        mixed = weights | {f"{module}.weight": fake[f"{module}.weight"] for module in modules}
+        rows = [divergence(p, numpy_llama.forward(config, mixed, row[:-1])) for p, row in zip(plain, chunks, strict=True)]
+        truth[layer, merged] = np.mean(rows)
+    np.testing.assert_allclose([line["kl"]["value"] for line in costs], list(truth.values()), rtol=0.05)
+    layer, merged = max(truth, key=truth.get)
+    (expression,) = quality_gate.costliest(costs, 1)
     kept = convert.load_source(source, Recipe(), keep_bf16=[expression])
-    assert [f.down for f in kept.formats] == ["fp8", "bf16", "fp8"] and kept.formats[1].gate_up == "fp8"
+    wide = [(i, name) for i, f in enumerate(kept.formats) for name, d in dataclasses.asdict(f).items() if d == "bf16"]
+    assert wide == [(layer, merged)]
+    assert quality_gate.keep_expressions(source, ["v_proj"], "channel", chunks) == ["v_proj"]
 
   def test_a_gate(self, folder, config, tmp_path):
     source, chunks = readers.open_source(folder), quality.cut_chunks(tiny_models.make_tokens(config, 300), 128, 64)

@@ -96,8 +96,8 @@ def _chunks(source):
   text, name = evaluate.read_text(FLAGS.text)
   tokens, bos = evaluate.encode(source, text)
   if FLAGS.text:
-    size = min(FLAGS.tokens, len(tokens) // FLAGS.context * FLAGS.context)
-    return quality.cut_chunks(tokens, size, FLAGS.context - 1, bos), name
+    count = min(FLAGS.tokens, len(tokens)) // FLAGS.context
+    return quality.cut_chunks(tokens, count * (FLAGS.context - 1), FLAGS.context - 1, bos), name
   held_out = quality.cut_chunks(tokens, evaluate.FLAGS["tokens"].default, evaluate.FLAGS["context"].default, bos)
   return quality.cut_training_chunks(tokens, FLAGS.tokens, FLAGS.context, held_out, bos), name
 
