@@ -16,9 +16,10 @@ FLOORS = {
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
   "programs": """layout filling checkpoint_folder checkpoint readers.source* readers.dialects* readers.gguf_tokenizer*
-    readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless""",
-  "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
-    progress* weights_cache startup following report plots* quality_plots* plan_report* plan_plots*""",
+    readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless hlo* traffic*""",
+  "host": """budget* compiled_budget* step_budget published* advice* verdict* planner* chat_child* chat_template* tokenizer
+    scheduler* output memory engine progress* weights_cache startup following report plots* quality_plots* plan_report*
+    plan_plots*""",
   "entry": "cli conversion_child generate plan",
 }
 ORDER = [name.rstrip("*") for floor in FLOORS.values() for name in floor.split()]
