@@ -176,7 +176,10 @@ class Engine:
       batch=batch,
       place_B=np.array([chunk.sequence.place if chunk else limits.max_sequences for chunk in padded], np.int32),
       emit_B=np.array([bool(chunk and chunk.emits) for chunk in padded]),
-      sampling=SamplingBatch.of([outputs[chunk.sequence].params if chunk else None for chunk in padded]),
+      sampling=SamplingBatch.of(
+        [outputs[chunk.sequence].params if chunk else None for chunk in padded],
+        [chunk.sequence.num_prompt if chunk else 0 for chunk in padded],
+      ),
     )
 
   def _commit(self, plan: StepPlan, sampled, scheduler: Scheduler, outputs: dict[Sequence, Output]) -> Iterator[Delta]:

@@ -52,10 +52,12 @@ class State:
   """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
 
   last_tokens: int32 [data * places], the token last chosen for each place.
+  history: int32 [data * places, tokens of max_pages], the tokens of the sequence in each place, for penalties.
   """
 
   cache: KVCache
   last_tokens: jax.Array
+  history: jax.Array
 
 
 @flax.struct.dataclass
@@ -215,18 +217,21 @@ class CompiledSteps:
     else:
       batch = DecodeBatch(tokens, lengths, table)
     B = (shards * rows,)
-    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), jax.ShapeDtypeStruct(B, jnp.uint32))
+    seeds = jax.ShapeDtypeStruct(B, jnp.uint32)
+    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
     return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
 
   def _empty_state(self) -> State:
     limits = self.limits
     cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
     pack, _ = loop_views(self._target)
-    return pack(State(cache, jnp.zeros(limits.max_sequences * self.num_shards, jnp.int32)))
+    places = limits.max_sequences * self.num_shards
+    history = jnp.zeros((places, limits.max_pages * limits.page_size), jnp.int32)
+    return pack(State(cache, jnp.zeros(places, jnp.int32), history))
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
-    return State(cache.specs(), PartitionSpec(DATA))
+    return State(cache.specs(), PartitionSpec(DATA), PartitionSpec(DATA))
 
   def _shardings(self, specs):
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -256,13 +261,24 @@ def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs:
   weights, state = unpack((weights, state))
   model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
   batch = inputs.batch
-  sequence_T, _ = batch.places()
+  sequence_T, position_T = batch.places()
   known = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
   batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, known, batch.tokens_T))
   run = prefill if isinstance(batch, PrefillBatch) else decode
   logits, cache = run(model, state.cache, batch)
-  sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
+  history = state.history
+  position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
+  history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
+  sampled = sample(
+    logits,
+    inputs.sampling,
+    batch.lengths_B,
+    vocab_size=vocab_size,
+    axes=TENSOR,
+    num_logprobs=num_logprobs,
+    history_BS=lambda: jnp.take(history, inputs.place_B, axis=0, mode="clip"),
+  )
   place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
   last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
   # Whole on every device, so that every process can read it.
-  return pack(State(cache, last_tokens)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)
+  return pack(State(cache, last_tokens, history)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)

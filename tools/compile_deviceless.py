@@ -28,8 +28,9 @@ SHOWN = r"[QH]GMMA|[QH]MMA|UTC.?MMA|UTMALDG|LDGSTS|LDL|STL|LDS\.U16|LDS\.U8"
 
 
 def main(arguments: list[str]) -> int:
-  from jaxfp8.deviceless import compile_cases, kernel_target
+  from jaxfp8.deviceless import compile_cases, kernel_target, target_config
   from jaxfp8.devices import load_device
+  from pallas_kernels import dispatch
   from pallas_kernels.cases import CASES
 
   if arguments[1:]:
@@ -41,7 +42,11 @@ def main(arguments: list[str]) -> int:
   if not cases:
     raise InputError(f"compile_deviceless: no case's name contains {FLAGS.case!r}. Leave --case out to see all.")
   spec = load_device(FLAGS.device)
+  target_config(spec)  # refuses what is no GPU
   target = kernel_target(spec)
+  if not dispatch.KERNELS.get(target.capability):
+    reason = dispatch.without_kernels(target.capability)
+    raise InputError(f"compile_deviceless: {spec.name}: {reason}, so nothing is compiled. Pass --device=h100.")
   results = compile_cases(FLAGS.device, [case.name for case in cases], FLAGS.timeout)
   rows = [row for case in cases for row in describe(case, results[case.name], spec, target)]
   if FLAGS.json:

@@ -70,14 +70,14 @@ def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
 
 
 def key_of(T: int, F: int, D: int, form: Form) -> dict[str, str | int]:
-  """How a measured entry is found. Sizes: rows, depth, stages, splits, ctas_per_sm, and for wide ones tokens."""
+  """How a measured entry is found. Sizes: rows, depth, stages, splits, and for wide ones tokens."""
   return {"regime": "wide" if T > MAX_SKINNY else "skinny-64" if T > 16 else "skinny-16", "F": F, "D": D, "form": str(form)}
 
 
 def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> Tiling:
   """`tiling` with measured sizes. Raises ValueError unless the kernels can work with it."""
   unit = unit_of(D, form)
-  allowed = {"rows", "depth", "stages", "splits", "ctas_per_sm"} | ({"tokens"} if wide else set())
+  allowed = {"rows", "depth", "stages", "splits"} | ({"tokens"} if wide else set())
   if set(sizes) != allowed:
     tuned.refuse("fp8_matmul", sizes, f"the names {', '.join(sorted(allowed))}")
   tiling = dataclasses.replace(tiling, **sizes)
@@ -92,7 +92,7 @@ def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> 
     and (tiling.splits == 1 or not wide),
     f"tokens a multiple of 8 up to {most_tokens}": not wide or (tiling.tokens % 8 == 0 and tiling.tokens <= most_tokens),
     f"stages from 2 to the {steps} steps of a part": min(2, steps) <= tiling.stages <= steps,
-    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used <= _room(tiling.ctas_per_sm),
+    f"at most {_room(1)} bytes of shared memory, not {used}": used <= _room(1),
   }
   for rule, holds in rules.items():
     if not holds:

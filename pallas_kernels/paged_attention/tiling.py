@@ -40,7 +40,7 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)
   pages = max(1, ROWS // C)
   num_tiles = B if decode else T // tokens + B
-  ctas = sizes.get("ctas_per_sm", 3 if columns == 16 else 2)
+  ctas = 3 if columns == 16 else 2
   page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
   fixed = columns * (2 * H * 2 + pages * C * 2 + ROWS * 4) + 3584
   if sizes:
@@ -52,14 +52,14 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
 
 
 def key_of(T, N, K, H, C, B, M, decode: bool, dtype) -> dict[str, str | int]:
-  """How a measured entry is found. Sizes: stages, splits, ctas_per_sm, and for prefill tokens."""
+  """How a measured entry is found. Sizes: stages, splits, and for prefill tokens."""
   shapes = {"N": N, "K": K, "H": H, "C": C, "B": B, "M": M, "pages": jnp.dtype(dtype).name}
   return {"regime": "decode", **shapes} if decode else {"regime": "prefill", "T": T, **shapes}
 
 
 def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[int, int]) -> Tiling:
   """`tiling` with measured sizes. Raises ValueError unless the kernel can work with it."""
-  allowed = {"stages", "splits", "ctas_per_sm"} | ({"tokens"} if "tokens" in sizes else set())
+  allowed = {"stages", "splits"} | ({"tokens"} if "tokens" in sizes else set())
   if set(sizes) != allowed:
     tuned.refuse("paged_attention", sizes, f"the names {', '.join(sorted(allowed))}")
   tiling = dataclasses.replace(tiling, stages=sizes["stages"], splits=sizes["splits"])
@@ -68,7 +68,7 @@ def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[i
     f"at most {most_tokens} tokens a tile": tiling.tokens <= most_tokens,
     "2 to 8 stages": 2 <= tiling.stages <= 8,
     f"1 to {steps} splits": 1 <= tiling.splits <= steps,
-    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used * tiling.ctas_per_sm <= _SM_BYTES,
+    f"at most {_SM_BYTES} bytes of shared memory, not {used}": used <= _SM_BYTES,
   }
   for rule, holds in rules.items():
     if not holds:
