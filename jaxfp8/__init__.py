@@ -26,6 +26,7 @@ _HOME = {
   "Request": "engine",
   "SamplingParams": "sampling",
   "Tokenizer": "tokenizer",
+  "calibrate": "calibration",
   "convert_checkpoint": "convert",
   "decode": "steps",
   "dequantize": "fp8",
