@@ -142,6 +142,7 @@ def orbax():
 def orbax_context(ocp):
   context = ocp.Context()
   context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
+  context.memory.deepcopy_host_arrays = False  # saving blocks, so nobody changes them meanwhile
   context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   context.pytree.loading.partial_load = True
   return context

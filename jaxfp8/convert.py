@@ -30,6 +30,7 @@ from jaxfp8.widening import widened
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)
 _WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
+_OVERLAP_BYTES = 256 << 20
 _SCALES = {"static": ("inputs", "kv"), "dynamic": ("kv",), "none": ("kv",)}
 
 
@@ -95,6 +96,8 @@ def convert_checkpoint(
       writing = pool.submit(writer.write, batch)
       done += size
       del batch
+      if size > _OVERLAP_BYTES:  # Orbax copies what it writes: no second matrix of that size beside it
+        writing.result()
     if writing:
       writing.result()
     if progress:

@@ -40,6 +40,9 @@ _define(flags.DEFINE_float, "temperature", 0.0, "Temperature; 0 always takes the
 _define(flags.DEFINE_integer, "top_k", 0, "Keep only the k most probable tokens; 0 keeps all.")
 _define(flags.DEFINE_float, "top_p", 1.0, "Keep the most probable tokens that together hold this probability.")
 _define(flags.DEFINE_float, "min_p", 0.0, "Keep tokens at least this probable relative to the most probable one.")
+_define(flags.DEFINE_float, "repetition_penalty", 1.0, "Above 1: tokens of prompt and answer become less probable.")
+_define(flags.DEFINE_float, "frequency_penalty", 0.0, "Subtracted from a token's logit for each time it was answered.")
+_define(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the logit of a token that was answered.")
 _define(flags.DEFINE_integer, "seed", 0, "Seed of the sampling: the same seed gives the same text.")
 _define(flags.DEFINE_multi_string, "stop", [], "End an answer before this string. Repeatable.")
 _define(
@@ -159,6 +162,9 @@ def _sampling():
     top_k=FLAGS.top_k,
     top_p=FLAGS.top_p,
     min_p=FLAGS.min_p,
+    repetition_penalty=FLAGS.repetition_penalty,
+    frequency_penalty=FLAGS.frequency_penalty,
+    presence_penalty=FLAGS.presence_penalty,
     seed=FLAGS.seed,
     max_new_tokens=FLAGS.max_new_tokens,
     stop=tuple(FLAGS.stop),

@@ -125,21 +125,6 @@ def static_key(name: str) -> str:
   return name + ("[K]" if name.endswith((".k_scale", ".v_scale")) else "[]")
 
 
-def dequantize(weight: np.ndarray, scale: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
-  """float32 [out, in] of a float8 weight with scales per channel or per block of 128.
-
-  row, column: where in the matrix that `scale` belongs to this part of it begins.
-  """
-  wide = weight.astype(np.float32)
-  if scale.ndim == 1:
-    wide *= scale[row : row + len(wide), None]
-    return wide
-  factors = scale[(row + np.arange(len(wide))) // BLOCK]
-  for block in range(column // BLOCK, -(-(column + wide.shape[1]) // BLOCK)):
-    wide[:, max(0, block * BLOCK - column) : (block + 1) * BLOCK - column] *= factors[:, block, None]
-  return wide
-
-
 @dataclasses.dataclass(frozen=True)
 class Leaf:
   """How one array of a model is built from checkpoint arrays, so that any part of it can be built alone.

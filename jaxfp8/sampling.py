@@ -5,14 +5,16 @@ and on sixteen:
   - top-k and top-p keep the tokens at or above a threshold logit. The threshold is found exactly, by bisecting the 2^32
     ordered float32 values: it is the largest value whose tokens still number k, or still hold mass p. Equal logits stay
     or go together.
+  - Penalties count the tokens of a sequence's text, each device those of its part of the vocabulary.
   - Sampling adds Gumbel noise and takes the maximum (Gumbel-max trick). A token's noise depends on the request's seed, the
     position and the token alone: the same seed gives the same text, whatever else is in the batch.
 
-Order: temperature, top-k, top-p among what top-k kept, min-p relative to the most probable token.
+Order: penalties, temperature, top-k, top-p among what top-k kept, min-p relative to the most probable token.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -29,7 +31,10 @@ MAX_SEED = 2**32 - 1
 class SamplingParams:
   """How one request's tokens are chosen and when it ends.
 
-  temperature: 0 is greedy. top_k: 0 keeps all. top_p in (0, 1]; min_p in [0, 1).
+  temperature: 0 is greedy. repetition_penalty (above 0; 1 is none) divides positive and multiplies negative logits of tokens in
+    the prompt or the answer; frequency_penalty and presence_penalty (-2 .. 2) are subtracted for each time, and once, that a
+    token stands in the answer. They act before all else, on greedy choices too.
+  top_k: 0 keeps all. top_p in (0, 1]; min_p in [0, 1).
   seed: 0 .. 2^32 - 1. max_new_tokens: at least 1.
   stop_token_ids: ends the text, besides the model's own EOS ids unless ignore_eos; the token is not part of the text.
   stop: strings that end the text; what follows the first one is dropped, and so is the string.
@@ -46,6 +51,9 @@ class SamplingParams:
   stop_token_ids: tuple[int, ...] = ()
   ignore_eos: bool = False
   logprobs: int | None = None
+  repetition_penalty: float = 1.0
+  frequency_penalty: float = 0.0
+  presence_penalty: float = 0.0
 
   def __post_init__(self):
     rules = (
@@ -56,6 +64,9 @@ class SamplingParams:
       ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
       ("stop", all(self.stop), "strings that are not empty"),
+      ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+      ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+      ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
       ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
     )
     for name, holds, rule in rules:
@@ -65,16 +76,20 @@ class SamplingParams:
 
 @flax.struct.dataclass
 class SamplingBatch:
-  """The device's part of B requests' SamplingParams: float32 or (u)int32 [B] each."""
+  """The device's part of B requests' SamplingParams: float32 or (u)int32 [B] each. num_prompt_B: tokens of each prompt."""
 
   temperature_B: jax.Array
   top_k_B: jax.Array
   top_p_B: jax.Array
   min_p_B: jax.Array
   seed_B: jax.Array
+  repetition_B: jax.Array
+  frequency_B: jax.Array
+  presence_B: jax.Array
+  num_prompt_B: jax.Array
 
   @classmethod
-  def of(cls, params: list[SamplingParams | None]) -> "SamplingBatch":
+  def of(cls, params: list[SamplingParams | None], num_prompt: list[int] | None = None) -> "SamplingBatch":
     """None is an empty place, sampled greedily."""
     rows = [p or SamplingParams() for p in params]
     return cls(
@@ -83,6 +98,10 @@ class SamplingBatch:
       top_p_B=np.array([p.top_p for p in rows], np.float32),
       min_p_B=np.array([p.min_p for p in rows], np.float32),
       seed_B=np.array([p.seed for p in rows], np.uint32),
+      repetition_B=np.array([p.repetition_penalty for p in rows], np.float32),
+      frequency_B=np.array([p.frequency_penalty for p in rows], np.float32),
+      presence_B=np.array([p.presence_penalty for p in rows], np.float32),
+      num_prompt_B=np.array(num_prompt or [0] * len(rows), np.int32),
     )
 
 
@@ -105,6 +124,7 @@ def sample(
   vocab_size: int,
   axes: Axes = None,
   num_logprobs: int = 0,
+  history_BS: Callable[[], jax.Array] | None = None,
 ) -> Sampled:
   """Chooses one token a row.
 
@@ -114,25 +134,50 @@ def sample(
     vocab_size: true size of the vocabulary, which the noise is drawn over.
     axes: mesh axes that the vocabulary is cut over.
     num_logprobs: how many most probable tokens to return (static).
+    history_BS: gives each row's tokens so far (int32; position_B of them count), for penalties; called where there are any.
   """
   rows = logits_BV.shape[0]
   if rows == 1:  # one row would take XLA:CPU's other path for sums; see _sum
     logits_BV = jnp.concatenate([logits_BV, logits_BV])
     params, position_B = jax.tree.map(lambda x: jnp.concatenate([x, x]), (params, position_B))
+  wanted = logits_BV if history_BS is None else _penalized(logits_BV, params, position_B, history_BS, axes)
 
   def drawn():
-    scaled = logits_BV / jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
+    scaled = wanted / jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
     kept = _cut(scaled, params, axes)
     noise = _noise(params.seed_B, position_B, vocab_size, logits_BV.shape[1], axes)
-    return jnp.where((params.temperature_B > 0)[:, None], kept + noise, logits_BV)
+    return jnp.where((params.temperature_B > 0)[:, None], kept + noise, wanted)
 
-  scores = jax.lax.cond(jnp.any(params.temperature_B > 0), drawn, lambda: logits_BV)
+  scores = jax.lax.cond(jnp.any(params.temperature_B > 0), drawn, lambda: wanted)
   tokens, chosen_logit = _best(scores, logits_BV, axes)
   top = max_over(jnp.max(logits_BV, axis=-1), axes)
   log_total = top + jnp.log(sum_over(_sum(jnp.exp(logits_BV - top[:, None])), axes))
   top_logits, top_tokens = _top(logits_BV, num_logprobs, axes)
   result = Sampled(tokens, chosen_logit - log_total, top_tokens, top_logits - log_total[:, None])
   return jax.tree.map(lambda x: x[:rows], result)
+
+
+def _penalized(logits_BV, params: SamplingBatch, length_B, history_BS, axes: Axes):
+  """Logits with the penalties on what stands in the text, counted by each device for its part of the vocabulary."""
+  rows, size = logits_BV.shape
+
+  def penalize():
+    tokens = history_BS()
+    tokens = jnp.broadcast_to(tokens, (rows, tokens.shape[1]))
+    place = jnp.arange(tokens.shape[1])
+    local = tokens - index_over(axes) * size
+    local = jnp.where((place < length_B[:, None]) & (local >= 0) & (local < size), local, size)
+    answer = place >= params.num_prompt_B[:, None]
+    row = jnp.arange(rows)[:, None]
+    anywhere = jnp.zeros((rows, size), jnp.int32).at[row, local].add(1, mode="drop")
+    counts = jnp.zeros((rows, size), jnp.int32).at[row, jnp.where(answer, local, size)].add(1, mode="drop")
+    repetition = params.repetition_B[:, None]
+    logits = jnp.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
+    logits = jnp.where(anywhere > 0, logits, logits_BV)
+    return logits - params.frequency_B[:, None] * counts - params.presence_B[:, None] * (counts > 0)
+
+  needed = jnp.any((params.repetition_B != 1) | (params.frequency_B != 0) | (params.presence_B != 0))
+  return jax.lax.cond(needed, penalize, lambda: logits_BV)
 
 
 def _cut(logits_BV, params: SamplingBatch, axes: Axes):

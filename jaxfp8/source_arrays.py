@@ -21,6 +21,7 @@ from jaxfp8.config import BLOCK, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.layers import LayerFormat
 from jaxfp8.readers import Source
+from jaxfp8.widening import dequantize
 
 _CHUNK = 16 << 20  # weights quantized together: the float32 copies stay small whatever the matrix
 
@@ -137,7 +138,7 @@ class SourceArrays:
       return {key: q[1] if scale else q[0] for key, scale in zip(keys, is_scale, strict=True)}
     array = self.source.read(name)
     if module in self._quantized:
-      array = layout.dequantize(array, self.source.read_scale(name))
+      array = dequantize(array, self.source.read_scale(name))
     (key,) = keys
     return {key: array.astype(dtype, copy=False)}
 

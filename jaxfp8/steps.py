@@ -32,6 +32,10 @@ from jaxfp8.sampling import Sampled, SamplingBatch, sample
 from pallas_kernels import Target, conformance, debug
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
+# A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
+GPU_OPTIONS = {
+  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES,WHILE,CONDITIONAL,DYNAMIC_SLICE_FUSION"
+}
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
 
 
@@ -52,10 +56,12 @@ class State:
   """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
 
   last_tokens: int32 [data * places], the token last chosen for each place.
+  history: int32 [data * places, tokens of max_pages], the tokens of the sequence in each place, for penalties.
   """
 
   cache: KVCache
   last_tokens: jax.Array
+  history: jax.Array
 
 
 @flax.struct.dataclass
@@ -148,11 +154,15 @@ class CompiledSteps:
       program = program_cache.load(key, self.mesh)
       if program is None:
         with debug.unchecked():  # `run` looks at the arrays, which it has at hand
-          program = self.lower(kind, size).compile()
+          program = self.build(self.lower(kind, size))
         program_cache.store(key, program, self.mesh)
       self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
     return self._programs[kind, size]
+
+  def build(self, lowered: jax.stages.Lowered, **options: str) -> jax.stages.Compiled:
+    """Compiles with the options of the mesh's platform, and more of XLA's for who wants to look (xla_dump_to)."""
+    return lowered.compile(compiler_options={**({} if self._target.platform == "cpu" else GPU_OPTIONS), **options} or None)
 
   def _require_kernels(self) -> None:
     if self._kernels:
@@ -163,8 +173,13 @@ class CompiledSteps:
         raise InputError(str(error)) from error
 
   def lower(self, kind: str, size: int) -> jax.stages.Lowered:
+    step, args = self.traceable(kind, size)
+    return step.lower(*args)
+
+  def traceable(self, kind: str, size: int) -> tuple[jax.stages.Wrapped, tuple]:
+    """The step under jit, not yet traced, and its abstract arguments: weights, state (donated), inputs."""
     inputs = self.abstract_inputs(kind, size)
-    state = jax.eval_shape(self._empty_state)
+    state = self.abstract_state()
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
     step = jax.shard_map(
       functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
@@ -182,7 +197,7 @@ class CompiledSteps:
         (inputs, self._shardings(input_specs)),
       )
     )
-    return jax.jit(step, donate_argnums=1).lower(*args)
+    return jax.jit(step, donate_argnums=1), args
 
   def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
     """Donates state. Starts one step; the results are on their way when this returns.
@@ -215,18 +230,29 @@ class CompiledSteps:
     else:
       batch = DecodeBatch(tokens, lengths, table)
     B = (shards * rows,)
-    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), jax.ShapeDtypeStruct(B, jnp.uint32))
+    seeds = jax.ShapeDtypeStruct(B, jnp.uint32)
+    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
     return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+
+  @property
+  def num_weights(self) -> int:
+    """How many of a program's arguments, the first ones, are weights."""
+    return len(self._weights)
+
+  def abstract_state(self) -> State:
+    return jax.eval_shape(self._empty_state)
 
   def _empty_state(self) -> State:
     limits = self.limits
     cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
     pack, _ = loop_views(self._target)
-    return pack(State(cache, jnp.zeros(limits.max_sequences * self.num_shards, jnp.int32)))
+    places = limits.max_sequences * self.num_shards
+    history = jnp.zeros((places, limits.max_pages * limits.page_size), jnp.int32)
+    return pack(State(cache, jnp.zeros(places, jnp.int32), history))
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
-    return State(cache.specs(), PartitionSpec(DATA))
+    return State(cache.specs(), PartitionSpec(DATA), PartitionSpec(DATA))
 
   def _shardings(self, specs):
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -256,13 +282,24 @@ def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs:
   weights, state = unpack((weights, state))
   model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
   batch = inputs.batch
-  sequence_T, _ = batch.places()
+  sequence_T, position_T = batch.places()
   known = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
   batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, known, batch.tokens_T))
   run = prefill if isinstance(batch, PrefillBatch) else decode
   logits, cache = run(model, state.cache, batch)
-  sampled = sample(logits, inputs.sampling, batch.lengths_B, vocab_size=vocab_size, axes=TENSOR, num_logprobs=num_logprobs)
+  history = state.history
+  position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
+  history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
+  sampled = sample(
+    logits,
+    inputs.sampling,
+    batch.lengths_B,
+    vocab_size=vocab_size,
+    axes=TENSOR,
+    num_logprobs=num_logprobs,
+    history_BS=lambda: jnp.take(history, inputs.place_B, axis=0, mode="clip"),
+  )
   place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
   last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
   # Whole on every device, so that every process can read it.
-  return pack(State(cache, last_tokens)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)
+  return pack(State(cache, last_tokens, history)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)

@@ -64,7 +64,9 @@ def cached_checkpoint(
       if own_granularity and (own := source_granularity(source)):
         recipe = dataclasses.replace(recipe, granularity=own)
       try:
-        convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+        done = convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+        for note in done.notes[:3]:
+          print(f"convert: {note}.", file=sys.stderr)
       except InputError:
         if not _is_whole(folder):  # else another process converted the same meanwhile, where files cannot be locked
           raise

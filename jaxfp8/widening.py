@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jaxfp8.config import BLOCK
 from jaxfp8.filling import Range, Read
-from jaxfp8.layout import dequantize, scale_of_key, split_key
+from jaxfp8.layout import scale_of_key, split_key
 
 
 def widened(read: Read, exceptions: Mapping[str, str], expected: Mapping[str, tuple], dtype: np.dtype) -> Read:
@@ -33,3 +34,18 @@ def widened(read: Read, exceptions: Mapping[str, str], expected: Mapping[str, tu
     return arrays
 
   return read_widened if exceptions else read
+
+
+def dequantize(weight: np.ndarray, scale: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
+  """float32 [out, in] of a float8 weight with scales per channel or per block of 128.
+
+  row, column: where in the matrix that `scale` belongs to this part of it begins.
+  """
+  wide = weight.astype(np.float32)
+  if scale.ndim == 1:
+    wide *= scale[row : row + len(wide), None]
+    return wide
+  factors = scale[(row + np.arange(len(wide))) // BLOCK]
+  for block in range(column // BLOCK, -(-(column + wide.shape[1]) // BLOCK)):
+    wide[:, max(0, block * BLOCK - column) : (block + 1) * BLOCK - column] *= factors[:, block, None]
+  return wide

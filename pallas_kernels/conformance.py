@@ -223,7 +223,7 @@ def _attention(lengths, counts, fp8: bool, quantize: bool, K=2, G=3, H=64, C=64)
 
 def _norm_arguments():
   rng = _rng()
-  return *(rng.standard_normal((3, 128)).astype(BF16) for _ in range(2)), _spread(rng, 128)
+  return *(rng.standard_normal((3, 512)).astype(BF16) for _ in range(2)), _spread(rng, 512)
 
 
 def _rope_arguments(T=3, K=2, G=3, H=64, C=64):
@@ -240,7 +240,7 @@ def _rope(parts, w_scale, x_scale, cos, sin, pages, table, lengths, **kernels):
 
 def _silu_arguments():
   rng = _rng()
-  return rng.standard_normal((2, 3, 256)).astype(np.float32), 0.3 * _spread(rng, 256), _spread(rng, 3)
+  return rng.standard_normal((2, 3, 1024)).astype(np.float32), 0.3 * _spread(rng, 1024), _spread(rng, 3)
 
 
 def _silu(parts, w_scale, x_scale, **kernels):

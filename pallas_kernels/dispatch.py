@@ -43,9 +43,18 @@ class Target:
     return cls("cuda", (int(major), int(minor.rstrip("af") or 0)), sms, kind)
 
 
-# Kernel files by the compute capability that they are written for. Another GPU gets a line here when it gets a file.
-_KERNELS = {(9, 0): ("wgmma", "mosaic")}
-_NEEDS = {"wgmma": ((9, 0),), "mosaic": ((9, 0),)}
+OPERATIONS = ("fp8_matmul", "paged_attention", "fused", "page_write")  # this package's folders
+# What runs where: kernel files by compute capability, best first. After them, and wherever there are none, comes xla.py, which
+# every operation has. Another GPU's kernels get their names here, and nowhere else, when they get their files.
+KERNELS = {
+  (8, 0): (),  # A100: no FP8 units
+  (8, 9): (),  # L40S, RTX 6000 Ada, RTX 4090
+  (9, 0): ("wgmma", "mosaic"),  # H100, H200, GH200
+  (10, 0): (),  # B200
+  (10, 3): (),  # B300
+  (12, 0): (),  # RTX PRO 6000
+  (12, 1): (),  # GB10
+}
 
 
 @functools.cache
@@ -57,7 +66,7 @@ def order(package: str, target: Target) -> tuple[str, ...]:
   """The implementations to try on `target`, best first, of those that the operation's folder has."""
   if target.platform == "cpu":
     return ("cpu",)
-  kernels = _KERNELS.get(target.capability or (0, 0), ())
+  kernels = KERNELS.get(target.capability or (0, 0), ())
   return tuple(name for name in (*kernels, "xla") if importlib.util.find_spec(f"{package}.{name}"))
 
 
@@ -72,14 +81,14 @@ def run(package: str, operation: str, implementation: str, target: Target, *args
     ValueError: `implementation` is unknown, or was forced and cannot run here.
   """
   names = order(package, target) if implementation == "auto" else (implementation,)
-  if implementation == "auto" and target.platform != "cpu" and target.capability not in _KERNELS:
-    _say_once(f"no kernels for compute capability {target.capability} yet: every operation is plain XLA, which is slower.")
+  if implementation == "auto" and target.platform != "cpu" and not KERNELS.get(target.capability):
+    _say_once(f"{without_kernels(target.capability)}, which is slower.")
   refusals = []
   for name in names:
     try:
       _require(operation, name, target)
       function = functools.partial(_function(package, operation, name), target=target)
-      if name in _NEEDS:
+      if _needs(name):
         function = _without_derivative(operation, name, function)
       result = function(*args, **kwargs)
     except NotImplementedError as refusal:
@@ -93,10 +102,22 @@ def run(package: str, operation: str, implementation: str, target: Target, *args
   )
 
 
+def without_kernels(capability: tuple[int, int] | None) -> str:
+  """What runs on a GPU that KERNELS has nothing for."""
+  name = "this GPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
+  return f"there are no kernels for {name} yet: every operation is plain XLA there"
+
+
+def _needs(name: str) -> list[tuple[int, int]]:
+  """Where an implementation can run; empty: anywhere."""
+  return [capability for capability, kernels in KERNELS.items() if name in kernels]
+
+
 def _require(operation: str, name: str, target: Target) -> None:
-  if name in _NEEDS and target.capability not in _NEEDS[name]:
-    needed = ", ".join(f"{major}.{minor}" for major, minor in _NEEDS[name])
-    raise NotImplementedError(f"{name} needs a GPU of compute capability {needed}; the target is {target}")
+  needed = _needs(name)
+  if needed and target.capability not in needed:
+    words = ", ".join(f"{major}.{minor}" for major, minor in needed)
+    raise NotImplementedError(f"{name} needs a GPU of compute capability {words}; the target is {target}")
 
 
 def _without_derivative(operation: str, name: str, function: Callable) -> Callable:

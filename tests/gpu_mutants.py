@@ -56,6 +56,7 @@ ATTENTION = (
   Mutant("reuses a stage one step early", attention, "k_smem.at[slot, tokens], k_barrier", "k_smem.at[0, tokens], k_barrier"),
   Mutant("drops K's scale", attention, "s = s * over_rows(k_scale) + ", "s = s + "),
   Mutant("drops V's scale", attention, "+ over_rows(jnp.log2(v_scale))", ""),
+  Mutant("swaps K and V", attention, "copy_gmem_to_smem(v_gmem.at[page, head]", "copy_gmem_to_smem(k_gmem.at[page, head]"),
   Mutant("swaps K's and V's scales", attention, "k_scale, v_scale = (plgpu", "v_scale, k_scale = (plgpu"),
   Mutant("sees one token too many", attention, "position < limit", "position <= limit"),
   Mutant("reads the first layer's pages", attention, "first_page + table_gmem[", "table_gmem["),

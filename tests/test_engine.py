@@ -73,6 +73,7 @@ def request(length: int, new: int, seed: int = 0, **params) -> Request:
 def random_requests(count: int, seed: int) -> list[Request]:
   rng = np.random.default_rng(seed)
   ways = ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 10}, {"temperature": 1.3, "top_p": 0.8, "min_p": 0.05})
+  ways += ({"repetition_penalty": 1.4}, {"temperature": 0.8, "frequency_penalty": 0.7, "presence_penalty": -0.3})
   return [
     request(int(rng.integers(1, 130)), int(rng.integers(1, 40)), int(rng.integers(1000)), **ways[rng.integers(len(ways))])
     for _ in range(count)
@@ -142,6 +143,21 @@ class TestBatch:
       assert abs(found.logprob - truth[token]) < 2e-4
       assert [t for t, _ in found.top] == order.tolist()
       np.testing.assert_allclose([p for _, p in found.top], truth[order], atol=2e-4)
+
+  def test_penalties_against_numpy(self):
+    """Greedy, over a border of chunks and one of pages, against a float64 Llama whose logits are penalized in numpy."""
+    params = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.6}
+    one, weights = request(60, 10, 3, **params), tiny_models.make_weights(CONFIG)
+    plain = Engine(model(tiny_llamas.F32), limits=limits(num_pages=2, max_sequences=1, decode_sizes=(2,)))
+    tokens = list(one.prompt)
+    for _ in range(10):
+      logits = numpy_llama.forward(CONFIG, weights, np.array(tokens))[-1]
+      seen, counts = np.unique(tokens), np.bincount(tokens[60:], minlength=CONFIG.vocab_size)
+      logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.3, logits[seen] * 1.3)
+      tokens.append(int((logits - 0.4 * counts - 0.6 * (counts > 0)).argmax()))
+    found = plain.generate([one, request(60, 10, 3), one])
+    assert tokens_of(found)[::2] == [tuple(tokens[60:])] * 2
+    assert found[1].token_ids != found[0].token_ids, "penalties matter here"
 
   def test_replicas_and_cuts(self):
     """data=2 and tensor=3 in float32: the tokens of one device (sampled ones too, since their noise is the same)."""

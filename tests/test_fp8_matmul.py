@@ -191,6 +191,23 @@ class TestXla(Conformance):
   implementation = "xla"
 
 
+@pytest.mark.gpu
+class TestGpu(Conformance):
+  """What runs on the GPU that is here: a kernel where it can do the call, XLA otherwise."""
+
+  implementation = "auto"
+
+  def limit(self, name):
+    """FP8 tensor cores add with some 14 bits; the rest is float32, in another order."""
+    return 1e-3 if CALLS[name].x == "fp8" else max(super().limit(name), 1e-5)
+
+  def test_sabotage_is_seen(self):
+    for name, place in (("bf16_fp8", 2), ("blocks", 2), ("w8a8", 3)):
+      arrays, want = case(name)
+      wrong = [np.ones_like(a) if i == place else a for i, a in enumerate(arrays)]
+      assert error_of("auto", wrong, want) > 50 * self.limit(name)
+
+
 class TestRules:
   X, W = np.zeros((4, 8), np.float32), np.zeros((6, 8), np.float32)
   W8, SCALE = np.zeros((6, 8), ml_dtypes.float8_e4m3fn), np.ones(6, np.float32)

@@ -6,14 +6,18 @@ CI=true that is a failure, so that they cannot be lost unnoticed.
 
 import functools
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxfp8 import deviceless
-from jaxfp8.devices import load_device
+from jaxfp8.devices import device_names, load_device
 from jaxfp8.errors import InputError
+from pallas_kernels import dispatch
 from pallas_kernels.cases import CASES, AttentionCase, MatmulCase
 
 DEVICES = ("h100", "h200")
@@ -110,6 +114,48 @@ def test_an_abort_loses_only_its_own_case(monkeypatch):
   monkeypatch.setattr(deviceless, "_child", child)
   assert deviceless.compile_cases("h100", ["a", "b", "c"]) == {"a": [], "b": "LLVM ERROR", "c": []}
   assert runs == [("a", "b", "c"), ("b",), ("c",)]
+
+
+def test_a_real_abort_keeps_what_was_done(monkeypatch, tmp_path):
+  """A child that is killed while it compiles: what it had written is kept, and the victim alone has its last words."""
+  line = '{"name": "%s", "reports": [], "error": ""}'
+  script = tmp_path / "python"  # called as: -m jaxfp8.deviceless DEVICE FOLDER NAME...
+  script.write_text(
+    "#!/bin/sh\nout=$4/out.jsonl; shift 4\nfor name; do\n"
+    '  if [ $name = b ]; then echo "LLVM ERROR: Cannot select" >&2; kill -ABRT $$; fi\n'
+    f"  printf '{line}\\n' $name >> $out\ndone\n"
+  )
+  script.chmod(0o755)
+  monkeypatch.setattr(deviceless.sys, "executable", str(script))
+  results = deviceless.compile_cases("h100", ["a", "b", "c"], 20)
+  assert results["a"] == results["c"] == [] and "LLVM ERROR: Cannot select" in results["b"]
+
+
+@pytest.mark.parametrize("name", ["a100-80", "b200", "gb10"])
+def test_a_gpu_without_kernels_is_said(name):
+  """In one sentence, and nothing is compiled."""
+  ran = subprocess.run(
+    [sys.executable, "-m", "tools.compile_deviceless", f"--device={name}"], capture_output=True, text=True, timeout=120
+  )
+  capability = ".".join(map(str, load_device(name).compute_capability))
+  said = (
+    f"compile_deviceless: {name}: there are no kernels for a GPU of compute capability {capability} yet: every operation is"
+  )
+  assert (ran.returncode, ran.stdout) == (1, "") and ran.stderr.startswith(said) and ran.stderr.count("\n") == 1
+
+
+def test_every_device_of_the_planner_stands_in_the_table():
+  """What runs where is said in one place, for all of them."""
+  specs = [load_device(name) for name in device_names() if name != "cpu"]
+  assert {spec.compute_capability for spec in specs} <= set(dispatch.KERNELS)
+  for spec in specs:
+    target = deviceless.kernel_target(spec)
+    kernels = dispatch.KERNELS[target.capability]
+    for operation in dispatch.OPERATIONS:
+      order = dispatch.order(f"pallas_kernels.{operation}", target)
+      assert order[-1] == "xla" and set(order[:-1]) <= set(kernels)
+  names = {path.parent.name for path in pathlib.Path(dispatch.__file__).parent.glob("*/api.py")}
+  assert set(dispatch.OPERATIONS) == names
 
 
 def test_no_gpu_no_target():

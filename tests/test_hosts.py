@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import tiny_models
 from flax import nnx
 
 from jaxfp8 import cli, cluster, hosts, weights_cache
+from jaxfp8 import generate as generate_command
 from jaxfp8.checkpoint import save
 from jaxfp8.config import Recipe
 from jaxfp8.engine import Engine, Request
@@ -229,6 +231,17 @@ class TestPlace:
     assert not cluster.Place(num_processes=1).is_one_of_many
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell on a node of a larger job
     assert not cluster.Place().is_one_of_many
+
+
+def test_the_page_names_flags_that_exist():
+  page = (commands.ROOT / "docs" / "multi-host.md").read_text(encoding="utf-8")
+  python_lines = [line for line in page.splitlines() if "srun" not in line and "SBATCH" not in line]
+  named = set(re.findall(r"--([a-z_]{3,})", "\n".join(python_lines)))
+  assert (
+    {"coordinator", "num_processes", "process_id", "heartbeat_seconds", "tensor", "data"}
+    <= named
+    <= set(generate_command.FLAGS)
+  )
 
 
 class TestOneProcess:

@@ -84,6 +84,21 @@ def _tree(folder):
   return {str(path.relative_to(ROOT)) for path in paths}
 
 
+def test_measured_tile_sizes_would_be_in_it(wheel, tmp_path):
+  """None are shipped yet: a copy of this checkout with one builds a wheel that has it."""
+  for name in ("jaxfp8", "pallas_kernels", "configs"):
+    shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("pyproject.toml", "README.md"):
+    shutil.copy(ROOT / name, tmp_path)
+  (tmp_path / "pallas_kernels" / "fp8_matmul" / "tuned").mkdir(exist_ok=True)
+  (tmp_path / "pallas_kernels" / "fp8_matmul" / "tuned" / "nvidia-x.json").write_text("{}")
+  command = [UV, "build", "--wheel", "--offline", "--python", sys.executable, "--out-dir", tmp_path / "dist", tmp_path]
+  built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  assert built.returncode == 0, built.stderr
+  (path,) = (tmp_path / "dist").glob("*.whl")
+  assert "pallas_kernels/fp8_matmul/tuned/nvidia-x.json" in zipfile.ZipFile(path).namelist()
+
+
 def test_its_metadata(wheel):
   with zipfile.ZipFile(wheel) as file:
     (name,) = [name for name in file.namelist() if name.endswith("METADATA")]

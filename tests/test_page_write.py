@@ -137,3 +137,8 @@ class TestCpu(Conformance):
 
 class TestXla(Conformance):
   implementation = "xla"
+
+
+@pytest.mark.gpu
+class TestGpu(Conformance):
+  implementation = "auto"

@@ -163,6 +163,20 @@ class TestXla(Conformance):
         assert error_of("xla", wrong, truth) > 5 * self.limit(name)
 
 
+@pytest.mark.gpu
+class TestGpu(TestXla):
+  """What runs on the GPU that is here: the kernel for queries in bf16, XLA otherwise. The truth has exact queries."""
+
+  implementation = "auto"
+
+  @pytest.mark.parametrize("name", BATCHES)
+  def test_matches_float64_with_bf16_queries(self, name):
+    arrays = case(name)[0]
+    arrays = arrays | {"q_TNH": arrays["q_TNH"].astype(jnp.bfloat16)}
+    truth = paged_cases.attention_truth(arrays | {"q_TNH": arrays["q_TNH"].astype(np.float32)})
+    assert error_of("auto", arrays, truth) <= 0.01
+
+
 class TestRules:
   """Every broken rule is a ValueError that names it."""
 

@@ -219,13 +219,16 @@ class TestCutVocabulary:
       SamplingParams(1.0, seed=7),
       SamplingParams(0.8, top_k=5, seed=8),
       SamplingParams(1.5, top_k=30, top_p=0.7, seed=9),
-      SamplingParams(2.0, top_p=0.9, min_p=0.01, seed=10),
+      SamplingParams(2.0, top_p=0.9, min_p=0.01, seed=10, repetition_penalty=1.5, frequency_penalty=0.3, presence_penalty=1.0),
     ]
+    history = rng.integers(0, V, (6, 40), dtype=np.int32)
+    fixed = {"vocab_size": V, "num_logprobs": 4, "history_BS": lambda: jnp.asarray(history)}
+    alone, batch = jax.jit(functools.partial(sample, **fixed)), SamplingBatch.of(params, [20] * 6)
     padded = -(-V // devices) * devices
     mesh = Mesh(np.array(jax.devices()[:devices]).reshape(axes), ("kv", "group"))
     run = jax.jit(
       jax.shard_map(
-        functools.partial(sample, vocab_size=V, axes=("kv", "group"), num_logprobs=4),
+        functools.partial(sample, axes=("kv", "group"), **fixed),
         mesh=mesh,
         in_specs=(PartitionSpec(None, ("kv", "group")), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(),
@@ -234,9 +237,9 @@ class TestCutVocabulary:
     )
     for position in range(20):
       positions = jnp.arange(6, dtype=jnp.int32) + 10 * position
-      one = sampler(4)(jnp.asarray(logits), SamplingBatch.of(params), positions)
+      one = alone(jnp.asarray(logits), batch, positions)
       wide = np.pad(logits, ((0, 0), (0, padded - V)), constant_values=-np.inf)
-      many = run(jnp.asarray(wide), SamplingBatch.of(params), positions)
+      many = run(jnp.asarray(wide), batch, positions)
       assert many.tokens_B.tolist() == one.tokens_B.tolist()
       assert (many.tokens_B < V).all()
       np.testing.assert_array_equal(many.top_tokens_Bn, one.top_tokens_Bn)
@@ -272,6 +275,10 @@ class TestParams:
       ("max_new_tokens", 0),
       ("stop", ("",)),
       ("logprobs", -1),
+      ("repetition_penalty", 0.0),
+      ("repetition_penalty", float("inf")),
+      ("frequency_penalty", 2.1),
+      ("presence_penalty", float("nan")),
     ],
   )
   def test_out_of_range(self, field, value):

@@ -15,9 +15,9 @@ from pallas_kernels.paged_attention import tiling as attention
 H100 = Target("cuda", (9, 0), 132, "NVIDIA H100 80GB HBM3")
 DEVICE = {"device_kind": H100.kind, "compute_capability": [9, 0], "num_sms": 132, "conditions": {}}
 W8A8 = matmul.Form(jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e4m3fn))
-FEW = {"rows": 64, "depth": 512, "stages": 3, "splits": 4, "ctas_per_sm": 1}
+FEW = {"rows": 64, "depth": 512, "stages": 3, "splits": 4}
 MANY = FEW | {"rows": 128, "depth": 128}
-WIDE = {"rows": 64, "tokens": 64, "depth": 256, "stages": 4, "splits": 1, "ctas_per_sm": 1}
+WIDE = {"rows": 64, "tokens": 64, "depth": 256, "stages": 4, "splits": 1}
 SHAPE = 3584, 8192
 
 
@@ -38,6 +38,10 @@ def write(*entries, operation="fp8_matmul", **device):
   return tuned.write(operation, DEVICE | device, list(entries), tuned.folder(operation))
 
 
+def shape(tiling):
+  return tiling.rows, tiling.tokens, tiling.depth, tiling.stages, tiling.splits
+
+
 def test_no_file_is_the_formula():
   assert matmul.choose_tiling(8, *SHAPE, W8A8, H100) == matmul._formula(8, *SHAPE, W8A8, H100)
 
@@ -49,9 +53,9 @@ def test_no_numbers_are_shipped_that_nobody_measured():
 def test_an_entry_is_taken_for_every_number_of_tokens_of_its_regime():
   write(entry(16, FEW), entry(64, MANY), entry(512, WIDE))
   tilings = {T: matmul.choose_tiling(T, *SHAPE, W8A8, H100) for T in (1, 9, 16, 17, 64, 65, 512)}
-  assert tilings[9] == matmul.Tiling(64, 16, 512, 3, 4, 1) == tilings[16]
-  assert tilings[1].tokens == 8 and tilings[17] == matmul.Tiling(128, 24, 128, 3, 4, 1)
-  assert tilings[65] == tilings[512] == matmul.Tiling(64, 64, 256, 4, 1, 1)
+  assert shape(tilings[9]) == (64, 16, 512, 3, 4) == shape(tilings[16])
+  assert tilings[1].tokens == 8 and shape(tilings[17]) == (128, 24, 128, 3, 4)
+  assert shape(tilings[65]) == shape(tilings[512]) == (64, 64, 256, 4, 1)
 
 
 def test_other_calls_and_other_devices_keep_the_formula():
@@ -91,9 +95,9 @@ def test_written_entries_replace_their_own_and_keep_others():
     ({"splits": 3}, "splits that divide"),
     ({"stages": 5}, "stages from 2 to the 4 steps"),
     ({"stages": 1}, "stages from 2"),
-    ({"ctas_per_sm": 3}, "bytes of shared memory to fit 3 times"),
-    ({"warps": 4}, "the names ctas_per_sm, depth"),
-    ({"tokens": 8}, "the names ctas_per_sm, depth"),
+    ({"rows": 128, "depth": 512, "stages": 4}, "at most 230400 bytes of shared memory, not 3"),
+    ({"warps": 4}, "the names depth, rows"),
+    ({"tokens": 8}, "the names depth, rows"),
   ],
 )
 def test_impossible_sizes_are_refused(change, rule):
@@ -141,13 +145,13 @@ def attention_call(case: AttentionCase):
 @pytest.mark.parametrize(
   ("name", "sizes", "rule"),
   [
-    ("decode-fp8", {"stages": 3, "splits": 16, "ctas_per_sm": 3}, ""),
-    ("prefill-fp8", {"stages": 2, "splits": 2, "ctas_per_sm": 2, "tokens": 2}, ""),
-    ("decode-fp8", {"stages": 9, "splits": 16, "ctas_per_sm": 1}, "2 to 8 stages"),
-    ("decode-fp8", {"stages": 3, "splits": 65, "ctas_per_sm": 1}, "1 to 64 splits"),
-    ("decode-fp8", {"stages": 6, "splits": 4, "ctas_per_sm": 4}, ".* bytes of shared memory to fit 4 times"),
-    ("prefill-fp8", {"stages": 2, "splits": 2, "ctas_per_sm": 2, "tokens": 5}, "at most 4 tokens a tile"),
-    ("decode-fp8", {"stages": 3}, "the names ctas_per_sm, splits, stages"),
+    ("decode-fp8", {"stages": 3, "splits": 16}, ""),
+    ("prefill-fp8", {"stages": 2, "splits": 2, "tokens": 2}, ""),
+    ("decode-fp8", {"stages": 9, "splits": 16}, "2 to 8 stages"),
+    ("decode-fp8", {"stages": 3, "splits": 65}, "1 to 64 splits"),
+    ("prefill-bf16-pages-of-128", {"stages": 4, "splits": 4}, "at most 232448 bytes"),
+    ("prefill-fp8", {"stages": 2, "splits": 2, "tokens": 5}, "at most 4 tokens a tile"),
+    ("decode-fp8", {"stages": 3}, "the names splits, stages"),
   ],
 )
 def test_attention(name, sizes, rule):
@@ -167,7 +171,7 @@ def test_the_kernel_computes_with_them():
   """What is being tried reaches the kernel, in one program after the other, and gives the same results."""
   call, seen = Matmul("w8a8", 3, 64, 1024), []
   for splits, depth in ((2, 256), (4, 128)):
-    with tuned.trying("fp8_matmul", {"rows": 64, "depth": depth, "stages": 2, "splits": splits, "ctas_per_sm": 1}):
+    with tuned.trying("fp8_matmul", {"rows": 64, "depth": depth, "stages": 2, "splits": splits}):
       y, copies = call.run(wgmma)
     assert relative(y, call.truth()) < 2e-6
     seen.append(copies.bytes_read)

@@ -187,6 +187,9 @@ def some_of(names: Collection[str]) -> str:
 
 
 def read_text(path: pathlib.Path) -> str:
+  """Links are followed, since download caches are made of them, but only to files: a device has no end."""
+  if path.exists() and not path.is_file():
+    raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
+from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
 
@@ -70,14 +71,14 @@ def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
 
 
 def key_of(T: int, F: int, D: int, form: Form) -> dict[str, str | int]:
-  """How a measured entry is found. Sizes: rows, depth, stages, splits, ctas_per_sm, and for wide ones tokens."""
+  """How a measured entry is found. Sizes: rows, depth, stages, splits, and for wide ones tokens."""
   return {"regime": "wide" if T > MAX_SKINNY else "skinny-64" if T > 16 else "skinny-16", "F": F, "D": D, "form": str(form)}
 
 
 def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> Tiling:
   """`tiling` with measured sizes. Raises ValueError unless the kernels can work with it."""
   unit = unit_of(D, form)
-  allowed = {"rows", "depth", "stages", "splits", "ctas_per_sm"} | ({"tokens"} if wide else set())
+  allowed = {"rows", "depth", "stages", "splits"} | ({"tokens"} if wide else set())
   if set(sizes) != allowed:
     tuned.refuse("fp8_matmul", sizes, f"the names {', '.join(sorted(allowed))}")
   tiling = dataclasses.replace(tiling, **sizes)
@@ -92,7 +93,7 @@ def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> 
     and (tiling.splits == 1 or not wide),
     f"tokens a multiple of 8 up to {most_tokens}": not wide or (tiling.tokens % 8 == 0 and tiling.tokens <= most_tokens),
     f"stages from 2 to the {steps} steps of a part": min(2, steps) <= tiling.stages <= steps,
-    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used <= _room(tiling.ctas_per_sm),
+    f"at most {_room(1)} bytes of shared memory, not {used}": used <= _room(1),
   }
   for rule, holds in rules.items():
     if not holds:
@@ -140,6 +141,19 @@ def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
   read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
   read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
   return read_w + read_x, 2 * T * F * D
+
+
+def call_cost(x_TD, w_FD, scales, y) -> Cost:
+  """What has to cross device memory, whatever tiles read again from L2. scales: those of w and of x that the kernel reads."""
+  w_scale, x_scale = scales
+  number_format = "fp8" if x_TD.dtype == jnp.float8_e4m3fn else "bf16"
+  return Cost(
+    bytes_of(w_FD, w_scale),
+    read_bytes=bytes_of(x_TD, x_scale),
+    written_bytes=bytes_of(y),
+    flops=2 * x_TD.shape[0] * w_FD.size,
+    number_format=number_format,
+  )
 
 
 def form_of(x_TD, w_FD, w_scale) -> Form:

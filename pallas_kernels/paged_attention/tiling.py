@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
+from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 
 ROWS = 64  # tokens or head channels of one wgmma
@@ -40,7 +41,7 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)
   pages = max(1, ROWS // C)
   num_tiles = B if decode else T // tokens + B
-  ctas = sizes.get("ctas_per_sm", 3 if columns == 16 else 2)
+  ctas = 3 if columns == 16 else 2
   page_bytes = 2 * pages * C * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
   fixed = columns * (2 * H * 2 + pages * C * 2 + ROWS * 4) + 3584
   if sizes:
@@ -52,14 +53,14 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
 
 
 def key_of(T, N, K, H, C, B, M, decode: bool, dtype) -> dict[str, str | int]:
-  """How a measured entry is found. Sizes: stages, splits, ctas_per_sm, and for prefill tokens."""
+  """How a measured entry is found. Sizes: stages, splits, and for prefill tokens."""
   shapes = {"N": N, "K": K, "H": H, "C": C, "B": B, "M": M, "pages": jnp.dtype(dtype).name}
   return {"regime": "decode", **shapes} if decode else {"regime": "prefill", "T": T, **shapes}
 
 
 def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[int, int]) -> Tiling:
   """`tiling` with measured sizes. Raises ValueError unless the kernel can work with it."""
-  allowed = {"stages", "splits", "ctas_per_sm"} | ({"tokens"} if "tokens" in sizes else set())
+  allowed = {"stages", "splits"} | ({"tokens"} if "tokens" in sizes else set())
   if set(sizes) != allowed:
     tuned.refuse("paged_attention", sizes, f"the names {', '.join(sorted(allowed))}")
   tiling = dataclasses.replace(tiling, stages=sizes["stages"], splits=sizes["splits"])
@@ -68,7 +69,7 @@ def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[i
     f"at most {most_tokens} tokens a tile": tiling.tokens <= most_tokens,
     "2 to 8 stages": 2 <= tiling.stages <= 8,
     f"1 to {steps} splits": 1 <= tiling.splits <= steps,
-    f"{used} bytes of shared memory to fit {tiling.ctas_per_sm} times": used * tiling.ctas_per_sm <= _SM_BYTES,
+    f"at most {_SM_BYTES} bytes of shared memory, not {used}": used <= _SM_BYTES,
   }
   for rule, holds in rules.items():
     if not holds:
@@ -98,6 +99,26 @@ def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tupl
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
 
 
+def call_cost(q, pools, parts, tokens: int, lengths) -> Cost:
+  """What has to cross device memory: every sequence's pages once, however many tiles see them.
+
+  q, parts: what the kernel takes and leaves. pools: K, V and their scales if any. tokens: queries, the last of their
+  sequences, dealt evenly. lengths: tokens of each sequence.
+  """
+  _, K, _, H = pools[0].shape
+  a_token = K * (2 * H * pools[0].dtype.itemsize + (8 if len(pools) == 4 else 0))
+  queries = tokens // len(lengths)
+  attended = sum(queries * (length - queries) + queries * (queries + 1) // 2 for length in lengths)
+  heads = q.size // (H * tokens)
+  return Cost(
+    kv_read_bytes=sum(lengths) * a_token,
+    read_bytes=bytes_of(q),
+    written_bytes=bytes_of(*parts),
+    flops=4 * heads * H * attended,
+    number_format="bf16",  # float8 pages are widened to float16
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
   """sequences [tiles], tokens [tiles, tokens] and how many keys each of them sees, limits [tiles, tokens] (0: padding)."""
@@ -119,13 +140,13 @@ def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:
   counts = query_starts[1:] - query_starts[:-1]
   first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
   tile = jnp.arange(T // size + B)
-  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
+  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right", method="compare_all"), 0, B - 1)
   offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
   inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
   limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
   tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
   token = jnp.arange(T)
-  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
+  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all"), 0, B - 1)
   places = first_tile[owner] * size + token - query_starts[owner]
   present = token < query_starts[-1]
   return Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)
