@@ -72,8 +72,10 @@ def convert_checkpoint(
       "Pass activations=dynamic."
     )
   if activations in ("static", "dynamic") and recipe.weights == "fp8":
-    recipe = dataclasses.replace(recipe, activations="fp8" + (STATIC if activations == "static" else ""))
+    recipe = dataclasses.replace(recipe, activations="fp8")
   arrays = SourceArrays(source, recipe, keep_bf16, _SCALES.get(activations, _SCALES["static"]))
+  if activations == "static" and static_scales.complete(arrays.formats, arrays.expected):
+    recipe = dataclasses.replace(recipe, activations="fp8" + STATIC)
   about = {"source": source.path.name, "dialect": source.dialect, "versions": _versions()}
   late = provenance if callable(provenance) else lambda: provenance or {}
   manifest = Manifest(

@@ -10,7 +10,7 @@ saturate. Refuses to know how scales are chosen (calibration.py).
 
 import functools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxfp8 import layout
 from jaxfp8.errors import InputError
-from jaxfp8.layers import DecoderLayer
+from jaxfp8.layers import DecoderLayer, LayerFormat
 from jaxfp8.model import Llama
 
 LINEARS = ("qkv", "o", "gate_up", "down")
@@ -54,6 +54,18 @@ def input_keys(layer: int, merged: str) -> list[str]:
 def kv_key(layer: int, name: str) -> str:
   """`name` is one of KV."""
   return layout.static_key(f"model.layers.{layer}.self_attn.{name}")
+
+
+def complete(formats: Sequence[LayerFormat], there: Collection[str]) -> bool:
+  """Whether every float8 matrix has a stored scale of its inputs. One without needs dynamic scales, and then all have them."""
+  wanted = [
+    key
+    for layer, layer_format in enumerate(formats)
+    for merged in LINEARS
+    if getattr(layer_format, merged) == "fp8"
+    for key in input_keys(layer, merged)
+  ]
+  return bool(wanted) and all(key in there for key in wanted)
 
 
 def require(keys: Collection[str], there: Collection[str], where: object) -> None:
