@@ -26,7 +26,6 @@ _HOME = {
   "Request": "engine",
   "SamplingParams": "sampling",
   "Tokenizer": "tokenizer",
-  "calibrate": "calibration",
   "convert_checkpoint": "convert",
   "decode": "steps",
   "dequantize": "fp8",
