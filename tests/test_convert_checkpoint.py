@@ -308,11 +308,12 @@ class TestExport:
 
 
 MEASURED = """
-import resource, sys
+import sys
 from jaxfp8 import convert
+from jaxfp8.memory import peak_bytes
 convert._WRITE_BYTES = 4 << 20
 convert.convert_checkpoint(sys.argv[1], sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_bytes())
 """
 
 
