@@ -28,7 +28,10 @@ LOGIT_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-  """context: tokens that every sequence holds at the operating point; prompt: tokens of it that are prefilled."""
+  """context: tokens that every sequence holds at the operating point; prompt: tokens of it that are prefilled.
+
+  compiled_temporaries: bytes that the compiled programs say they need; None: estimated. Only true of this very deployment.
+  """
 
   config: LlamaConfig
   recipe: Recipe
@@ -37,18 +40,20 @@ class Deployment:
   context: int
   prompt: int
   page_tokens: int = PAGE_TOKENS
+  compiled_temporaries: int | None = None
 
   def with_recipe(self, **changes: str) -> "Deployment":
     """The same with other numbers; activations in fp8 give way to bf16 where the weights no longer are fp8."""
     recipe = {**dataclasses.asdict(self.recipe), **changes}
     recipe["activations"] = resolve_activations("auto", recipe["weights"], self.device)
-    return dataclasses.replace(self, recipe=Recipe(**recipe))
+    return dataclasses.replace(self, recipe=Recipe(**recipe), compiled_temporaries=None)
 
   def on_device(self, device: DeviceSpec) -> "Deployment":
     return dataclasses.replace(self, device=device).with_recipe()
 
   def cut_over(self, tensor: int) -> "Deployment":
-    return dataclasses.replace(self, mesh=MeshShape.for_model(self.config, tensor, self.mesh.data))
+    mesh = MeshShape.for_model(self.config, tensor, self.mesh.data)
+    return dataclasses.replace(self, mesh=mesh, compiled_temporaries=None)
 
 
 def resolve_activations(activations: str, weights: str, device: DeviceSpec) -> str:
@@ -147,8 +152,10 @@ def _page_bytes(deployment: Deployment) -> int:
 
 
 def _temporaries(deployment: Deployment) -> int:
-  """An estimate: the widest live arrays of one prefill step (stream, q, k, v and attention's output, gate, up and their
-  product), and float32 logits of LOGIT_ROWS sequences. The compiled program knows the exact number."""
+  """What the compiled programs say, or an estimate: the widest live arrays of one prefill step (stream, q, k, v and
+  attention's output, gate, up and their product), and float32 logits of LOGIT_ROWS sequences."""
+  if deployment.compiled_temporaries is not None:
+    return deployment.compiled_temporaries
   config, tensor = deployment.config, deployment.mesh.tensor
   heads = (config.num_heads // tensor * 2 + config.num_kv_heads // deployment.mesh.kv * 2) * config.head_dim
   per_token = 4 * config.d_model + heads + 3 * -(-config.d_ff // tensor)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import layout
+from jaxfp8 import layout, static_scales
 from jaxfp8.checkpoint_folder import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import LlamaConfig
@@ -29,14 +29,16 @@ def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | No
   """Writes a model that holds arrays as a checkpoint. Raises InputError for a model cut or padded for several devices."""
   if model.shape.tensor != 1:
     raise InputError(f"save: the model must be loaded with tensor=1; got tensor={model.shape.tensor}. Load it again.")
-  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, {"source": "jaxfp8.save"})
+  names = tuple(key.partition("[")[0] for key in static_scales.wanted(model))
+  about = {"source": "jaxfp8.save"}
+  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, about, static_scales=names)
   with CheckpointWriter(folder, manifest) as writer:
     arrays = {layout.EMBEDDING: model.embedding, layout.FINAL_NORM: model.final_norm.weight}
     if not model.config.tied_embeddings:
       arrays[layout.HEAD] = model.head.weight
     writer.write({key: np.asarray(weight.get_value()) for key, weight in arrays.items()})
     for layer in range(model.config.num_layers):
-      writer.write(layout.split_layer(model, layer))
+      writer.write(layout.split_layer(model, layer) | static_scales.split_layer(model, layer))
 
 
 def load_checkpoint(
@@ -63,7 +65,9 @@ def load_checkpoint(
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
   reader = CheckpointReader(pathlib.Path(folder), manifest)
-  return fill(model, widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream]), mesh)
+  static_scales.require(static_scales.wanted(model), reader.expected, folder)
+  read = widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream])
+  return static_scales.fill(fill(model, read, mesh), reader.read_array, mesh)
 
 
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import checkpoint, filling, layout, readers
+from jaxfp8 import checkpoint, filling, layout, readers, static_scales
 from jaxfp8.checkpoint import load_checkpoint
 from jaxfp8.checkpoint_folder import FORMAT_VERSION, Manifest, is_checkpoint, read_manifest
 from jaxfp8.checkpoint_source import open_any
 from jaxfp8.checkpoint_writer import CheckpointWriter
-from jaxfp8.config import Recipe
+from jaxfp8.config import STATIC, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.readers import Source
@@ -72,7 +72,7 @@ def convert_checkpoint(
       "Pass activations=dynamic."
     )
   if activations in ("static", "dynamic") and recipe.weights == "fp8":
-    recipe = dataclasses.replace(recipe, activations="fp8")
+    recipe = dataclasses.replace(recipe, activations="fp8" + (STATIC if activations == "static" else ""))
   arrays = SourceArrays(source, recipe, keep_bf16, _SCALES.get(activations, _SCALES["static"]))
   about = {"source": source.path.name, "dialect": source.dialect, "versions": _versions()}
   late = provenance if callable(provenance) else lambda: provenance or {}
@@ -178,12 +178,36 @@ def load(
   return load_checkpoint(path, activations=recipe.activations, kv=recipe.kv, mesh=mesh, implementation=implementation)
 
 
-def load_source(source: Source, recipe: Recipe, *, mesh: Mesh | None = None, implementation: str = "auto") -> Llama:
-  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time."""
-  arrays = SourceArrays(source, recipe)
+def load_source(
+  source: Source,
+  recipe: Recipe,
+  *,
+  scales: Mapping[str, np.ndarray] | None = None,
+  keep_bf16: Sequence[str] = (),
+  mesh: Mesh | None = None,
+  implementation: str = "auto",
+) -> Llama:
+  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time.
+
+  Args:
+    scales: static ones under their keys (static_scales.py), for a recipe that has them.
+    keep_bf16: as in `convert_checkpoint`.
+
+  Raises:
+    InputError: bad weights, or a recipe with static scales without them.
+  """
+  arrays = SourceArrays(source, recipe, keep_bf16)
   model = checkpoint.abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
-  read = widened(filling.whole_arrays(arrays.read), arrays.exceptions, arrays.expected, layout.NUMPY_DTYPES[recipe.stream])
-  return filling.fill(model, read, mesh)
+  return fill_model(model, arrays, arrays.read, scales or {}, mesh)
+
+
+def fill_model(model: Llama, arrays: SourceArrays, read, scales: Mapping[str, np.ndarray], mesh: Mesh | None) -> Llama:
+  """Puts what `read(keys)` gives of `arrays` into an abstract model, and static scales from `scales`, or else the source."""
+  own = {key: key for key in static_scales.wanted(model) if key in arrays.expected} | dict.fromkeys(scales)
+  static_scales.require(static_scales.wanted(model), own, arrays.source.path)
+  ranges = widened(filling.whole_arrays(read), arrays.exceptions, arrays.expected, layout.NUMPY_DTYPES[model.recipe.stream])
+  model = filling.fill(model, ranges, mesh)
+  return static_scales.fill(model, lambda key: scales[key] if key in scales else arrays.read((key,))[key], mesh)
 
 
 def read_tokenizer(path: str | os.PathLike | None = None) -> TokenizerFiles | None:

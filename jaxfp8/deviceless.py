@@ -13,7 +13,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -30,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels
-from jaxfp8.devices import DeviceSpec, load_device
+from jaxfp8.devices import DeviceSpec, have_compiler, load_device
 from jaxfp8.errors import InputError
 
 DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
@@ -63,11 +62,6 @@ class KernelReport:
     registers = -(-self.registers // 8) * 8 * self.threads
     smem = -(-self.smem_bytes // 128) * 128 + RESERVED_SMEM
     return min(REGISTERS_PER_SM // registers, spec.shared_memory_per_sm_bytes // smem, spec.threads_per_sm // self.threads)
-
-
-def have_compiler() -> bool:
-  """Whether the CUDA plugin is installed (the `cuda` extra)."""
-  return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
 def target_config(spec: DeviceSpec) -> str:

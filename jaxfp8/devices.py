@@ -9,6 +9,7 @@ Every number in the TOML files stands beside its source, and what was only estim
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -109,6 +110,11 @@ _CHIP_FIELDS = (
 def device_names() -> tuple[str, ...]:
   """The devices of configs/devices/, and "cpu" for this machine."""
   return (*sorted(path.stem for path in (configs_folder() / "devices").glob("*.toml")), CPU)
+
+
+def have_compiler() -> bool:
+  """Whether programs can be compiled for NVIDIA GPUs here: the `cuda` extra is installed."""
+  return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
 def load_device(name_or_path: str, cache_dir: str = "") -> DeviceSpec:

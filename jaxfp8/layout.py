@@ -54,6 +54,11 @@ def scale_key(layer: int, matrix: str, letters: str, granularity: str) -> str:
   return scale_of_key(weight_key(layer, matrix, letters), granularity)
 
 
+def keys_of(layer: int, merged: str, granularity: str) -> list[tuple[str, str]]:
+  """(key of the weight, key of its scale) of each of those matrices, for float8 weights."""
+  return [(weight_key(layer, *matrix), scale_key(layer, *matrix, granularity)) for matrix in _MATRICES[merged].items()]
+
+
 def checkpoint_arrays(
   config: LlamaConfig,
   recipe: Recipe,

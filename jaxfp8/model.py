@@ -24,6 +24,7 @@ from jaxfp8.dims import TENSOR, Axes, index_over
 from jaxfp8.errors import InputError
 from jaxfp8.layers import DecoderLayer, LayerBuilder, LayerFormat, Linear, RMSNorm, Runtime, StepContext
 from jaxfp8.mesh import MeshShape
+from pallas_kernels import costs
 from pallas_kernels.float8_bytes import loop_views
 
 _CUT_ROWS_FROM = 512  # tokens
@@ -55,7 +56,7 @@ class Llama(nnx.Module):
     self.formats = formats or (LayerFormat.uniform(self.recipe.weights),) * config.num_layers
     if len(self.formats) != config.num_layers:
       raise InputError(f"Llama: needs one format a layer; got {len(self.formats)} for {config.num_layers} layers.")
-    self.runtime = Runtime(axes, implementation, target, self.recipe.activations, self.recipe.stream)
+    self.runtime = Runtime(axes, implementation, target, self.recipe.activation_dtype, self.recipe.stream)
     builder = LayerBuilder(config, self.recipe, self.shape, self.runtime)
     vocab = (builder.padded.vocab_size, config.d_model)
     self.embedding = nnx.Param(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))
@@ -102,7 +103,8 @@ class Llama(nnx.Module):
         return pack(nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))), None
 
       length = segment.attention_norm.weight.get_value().shape[0]
-      carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
+      with costs.repeated(length):
+        carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
       x, y, pool = unpack(carry)
       layer += length
     return context.whole(self.final_norm(x, y, self.output)[1]), pool.unflatten(self.config.num_layers)

@@ -6,6 +6,7 @@ prints memory per device, ceilings per batch with the time by part, what publish
 verdict on the observed speed. Ends with code 1 and one sentence when the model does not fit or the question is wrong.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -15,14 +16,17 @@ from rich.console import Console
 
 from jaxfp8 import cli
 from jaxfp8.advice import Speculation
-from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
+from jaxfp8.compiled_budget import Question, budgets
+from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
 from jaxfp8.devices import device_names
 from jaxfp8.errors import InputError
+from jaxfp8.mesh import round_up
 from jaxfp8.plan_plots import plot_plan
 from jaxfp8.plan_report import print_plan, print_sweep, shortfall_sentence
 from jaxfp8.planner import DeploymentPlan, plan_deployment
 from jaxfp8.plots import check_plot_path
 from jaxfp8.readers import read_config
+from jaxfp8.roofline import PREFILL_CHUNK
 
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
@@ -44,14 +48,16 @@ _define(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds
 _define(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
 _define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
 _define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one FP8 weight scale covers.")
-_define(flags.DEFINE_enum, "activations", "auto", ("auto", *WEIGHT_DTYPES), "What the linear layers multiply in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8", WEIGHT_DTYPES, "What the KV cache is stored in.")
+_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_DTYPES), "What the linear layers multiply in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_DTYPES, "What the KV cache is stored in.")
 _define(flags.DEFINE_integer, "page_tokens", 64, "Tokens in a page of the KV cache: 32, 64 or 128.")
 _define(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
 _define(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")
 _define(flags.DEFINE_float, "acceptance", 0.7, "Speculation: probability that a drafted token is accepted.")
 _define(flags.DEFINE_integer, "draft_tokens", 4, "Speculation: tokens drafted a step.")
 _define(flags.DEFINE_string, "plot", None, "Write the roofline and throughput against latency to this png, svg or pdf.")
+_define(flags.DEFINE_bool, "compile", False, "Take temporaries from compiled programs, not an estimate; needs the cuda extra.")
+_define(flags.DEFINE_integer, "compile_timeout", 600, "Seconds that --compile may take.")
 _define(flags.DEFINE_bool, "sweep", False, "Compare devices in one table: those in --device, or all that are known.")
 _define(flags.DEFINE_bool, "json", False, "Print one JSON object instead of tables.")
 _define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where --device=cpu keeps what it measured; empty: nowhere.")
@@ -85,8 +91,8 @@ def main(argv: list[str]) -> int:
 
 
 def _sweep() -> int:
-  for name in ("observed", "plot"):
-    if FLAGS[name].value is not None:
+  for name in ("observed", "plot", "compile"):
+    if FLAGS[name].value not in (None, False):
       raise InputError(f"plan: --{name} is about one device; got it with --sweep. Leave one of them out.")
   names = FLAGS.device or device_names()
   plans, refused = [], []
@@ -109,7 +115,8 @@ def _sweep() -> int:
 
 def _plan(device: str) -> DeploymentPlan:
   config, stored = _read_model(FLAGS.model)
-  return plan_deployment(
+  plan_of = functools.partial(
+    plan_deployment,
     config,
     device,
     count=FLAGS.count,
@@ -128,6 +135,23 @@ def _plan(device: str) -> DeploymentPlan:
     speculation=Speculation(FLAGS.acceptance, FLAGS.draft_tokens),
     cache_dir=FLAGS.cache_dir,
   )
+  plan = plan_of()
+  return plan_of(temporaries=_compiled_temporaries(plan, device)) if FLAGS.compile else plan
+
+
+def _compiled_temporaries(plan: DeploymentPlan, device: str) -> int:
+  """What the largest batch's decode step and a prefill step say that they need, whichever is more."""
+  asked = plan.deployment
+  batch = round_up(max(entry.batch for entry in plan.batches), asked.mesh.data)
+  sizes = {
+    "batch": batch,
+    "context": asked.context,
+    "prefill": min(asked.prompt, PREFILL_CHUNK),
+    "page_tokens": asked.page_tokens,
+  }
+  question = Question(asked.config, asked.recipe, device, asked.mesh, **sizes)
+  records = budgets(question, timeout_s=FLAGS.compile_timeout)
+  return max(records[kind]["temp_bytes"] for kind in ("decode", "prefill"))
 
 
 def _read_model(name: str) -> tuple[LlamaConfig, Recipe | None]:

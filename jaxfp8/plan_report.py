@@ -79,7 +79,7 @@ def print_memory(console: Console, plan: DeploymentPlan) -> None:
   rows = [
     ("weights", memory.weights, f"of which {format_bytes(plan.weights_read_bytes)} are read for every token step"),
     ("KV cache", memory.kv, f"{batch} {sequences}, {format_bytes(plan.kv_bytes_per_token)} a token, in whole pages"),
-    ("temporaries", memory.temporaries, "estimate"),
+    ("temporaries", memory.temporaries, "estimate" if deployment.compiled_temporaries is None else "of the compiled programs"),
     ("reserve", memory.reserve, "for fragmentation"),
     ("runtime", memory.runtime, "CUDA context, programs, NCCL" if deployment.device.num_sms else "Python and XLA"),
   ]

@@ -110,13 +110,15 @@ def plan_deployment(
   observed_batch: int = 1,
   speculation: Speculation | None = None,
   cache_dir: str = "",
+  temporaries: int | None = None,
 ) -> DeploymentPlan:
   """Plans `model` on `count` devices.
 
   model: a LlamaConfig, a name from configs/models or a TOML; device: a DeviceSpec, a name from configs/devices, a TOML or
   "cpu" (measured, the result kept in cache_dir). context and prompt: 8,192 and 1,024 tokens unless the model has less.
   count = tensor * data; what is not given follows from the rest, and all devices go to `tensor` when neither is.
-  observed: tokens/s of all observed_batch sequences together.
+  observed: tokens/s of all observed_batch sequences together. temporaries: bytes that the compiled programs say they need on a
+  device; None: an estimate.
 
   A model that does not fit is an answer (`fits` is False), not an error. Raises InputError for a mesh that is not
   possible, an unknown name, numbers that are not positive, or a context beyond the model's.
@@ -134,7 +136,7 @@ def plan_deployment(
   mesh = _mesh(config, count, tensor, data)
   if spec.name == CPU and mesh.num_devices > 1:
     raise InputError(f"plan: cpu is this one machine; got {mesh.num_devices} devices. Leave --count, --tensor and --data at 1.")
-  deployment = Deployment(config, recipe, spec, mesh, context, prompt, page_tokens)
+  deployment = Deployment(config, recipe, spec, mesh, context, prompt, page_tokens, temporaries)
   return _plan(deployment, sorted(set(batches)), observed, observed_batch, speculation or Speculation())
 
 
@@ -249,6 +251,7 @@ def _to_json(plan: DeploymentPlan) -> dict[str, Any]:
     "kv_bytes_per_token": plan.kv_bytes_per_token,
     "max_kv_tokens": plan.max_kv_tokens,
     "max_context": plan.max_context,
+    "temporaries_compiled": deployment.compiled_temporaries is not None,
     "memory": {**dataclasses.asdict(plan.memory), "free": plan.memory.free},
     "sequences": [{"context": context, "sequences": count} for context, count in plan.sequences],
     "batches": [dataclasses.asdict(batch) for batch in plan.batches],

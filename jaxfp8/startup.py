@@ -204,7 +204,10 @@ def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
 def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
   """A checkpoint's own weights, with the activations and the KV cache that are asked for."""
   stored = read_manifest(path).recipe
-  return _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
+  recipe = _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
+  if wishes.activations == "auto" and recipe.activations == stored.activation_dtype:
+    recipe = dataclasses.replace(recipe, activations=stored.activations)  # static scales, where they are stored
+  return recipe
 
 
 def _recipe(wishes: Wishes, weights: str, granularity: str) -> Recipe:

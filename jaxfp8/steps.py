@@ -32,6 +32,10 @@ from jaxfp8.sampling import Sampled, SamplingBatch, sample
 from pallas_kernels import Target, conformance, debug
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 
+# A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
+GPU_OPTIONS = {
+  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES,WHILE,CONDITIONAL,DYNAMIC_SLICE_FUSION"
+}
 FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
 
 
@@ -150,11 +154,15 @@ class CompiledSteps:
       program = program_cache.load(key, self.mesh)
       if program is None:
         with debug.unchecked():  # `run` looks at the arrays, which it has at hand
-          program = self.lower(kind, size).compile()
+          program = self.build(self.lower(kind, size))
         program_cache.store(key, program, self.mesh)
       self._programs[kind, size] = program
       self.compile_seconds += time.perf_counter() - start
     return self._programs[kind, size]
+
+  def build(self, lowered: jax.stages.Lowered, **options: str) -> jax.stages.Compiled:
+    """Compiles with the options of the mesh's platform, and more of XLA's for who wants to look (xla_dump_to)."""
+    return lowered.compile(compiler_options={**({} if self._target.platform == "cpu" else GPU_OPTIONS), **options} or None)
 
   def _require_kernels(self) -> None:
     if self._kernels:
@@ -165,8 +173,13 @@ class CompiledSteps:
         raise InputError(str(error)) from error
 
   def lower(self, kind: str, size: int) -> jax.stages.Lowered:
+    step, args = self.traceable(kind, size)
+    return step.lower(*args)
+
+  def traceable(self, kind: str, size: int) -> tuple[jax.stages.Wrapped, tuple]:
+    """The step under jit, not yet traced, and its abstract arguments: weights, state (donated), inputs."""
     inputs = self.abstract_inputs(kind, size)
-    state = jax.eval_shape(self._empty_state)
+    state = self.abstract_state()
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
     step = jax.shard_map(
       functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
@@ -184,7 +197,7 @@ class CompiledSteps:
         (inputs, self._shardings(input_specs)),
       )
     )
-    return jax.jit(step, donate_argnums=1).lower(*args)
+    return jax.jit(step, donate_argnums=1), args
 
   def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
     """Donates state. Starts one step; the results are on their way when this returns.
@@ -220,6 +233,14 @@ class CompiledSteps:
     seeds = jax.ShapeDtypeStruct(B, jnp.uint32)
     sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
     return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+
+  @property
+  def num_weights(self) -> int:
+    """How many of a program's arguments, the first ones, are weights."""
+    return len(self._weights)
+
+  def abstract_state(self) -> State:
+    return jax.eval_shape(self._empty_state)
 
   def _empty_state(self) -> State:
     limits = self.limits

@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import Target
 from pallas_kernels.fp8_matmul import api as matmul_api
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
 from pallas_kernels.fused import api as fused_api
+from pallas_kernels.fused import cost as fused_cost
 from pallas_kernels.paged_attention import api as attention_api
 from pallas_kernels.paged_attention import tiling as attention_tiling
 
@@ -146,7 +147,8 @@ class NormCase:
     return Flight(self.T, 8 * self.D)
 
   def cost(self, target: Target) -> tuple[int, int]:
-    return self.T * (7 * self.D + 4) + 4 * self.D, 8 * self.T * self.D
+    outputs = jax.ShapeDtypeStruct((self.T, self.D), BF16), *_quantized(self.T, self.D)
+    return _sum(fused_cost.residual_norm(*self.arguments(), outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ class SiluCase:
     return Flight(self.T, 2 * self.F * self.S * self.arguments()[0].dtype.itemsize)
 
   def cost(self, target: Target) -> tuple[int, int]:
-    return sum(_bytes(x) for x in self.arguments() if x is not None) + self.T * (self.F + 4), 10 * self.T * self.F
+    return _sum(fused_cost.silu_multiply(matmul_api.Sums(*self.arguments()), _quantized(self.T, self.F)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +207,9 @@ class RopeCase:
     return Flight(self.T * self.K, self.S * (self.G + 2) * self.H * self.arguments()[0].dtype.itemsize)
 
   def cost(self, target: Target) -> tuple[int, int]:
-    read = sum(_bytes(x) for x in self.arguments()[:3] if x is not None)
-    page_bytes = 2 * (self.H + 4) if self.pages == "fp8" else 4 * self.H
-    return read + self.T * self.K * (2 * self.G * self.H + page_bytes), 6 * self.T * self.K * (self.G + 1) * self.H
+    *sums, cos, sin, pages, _, _ = self.arguments()
+    q = jax.ShapeDtypeStruct((self.T, self.K * self.G, self.H), BF16)
+    return _sum(fused_cost.rope_write(matmul_api.Sums(*sums), cos, sin, pages, q))
 
 
 def _sums(S, T, F) -> tuple:
@@ -217,8 +219,13 @@ def _sums(S, T, F) -> tuple:
   return jax.ShapeDtypeStruct((S, T, F), F32), jax.ShapeDtypeStruct((F,), F32), jax.ShapeDtypeStruct((T,), F32)
 
 
-def _bytes(x: jax.ShapeDtypeStruct) -> int:
-  return x.size * x.dtype.itemsize
+def _quantized(T, width) -> tuple:
+  """What a kernel leaves that rounds to float8 with a scale per token."""
+  return jax.ShapeDtypeStruct((T, width), FP8), jax.ShapeDtypeStruct((T,), F32)
+
+
+def _sum(cost) -> tuple[int, int]:
+  return cost.total_bytes, cost.flops
 
 
 CASES = (

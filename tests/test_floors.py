@@ -15,11 +15,13 @@ FLOORS = {
   "vocabulary": "errors* units* text* cluster* config* mesh* devices* dims hosts fp8",
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
-  "programs": """layout filling widening checkpoint_folder checkpoint_writer checkpoint readers.source*
+  "programs": """layout filling widening static_scales checkpoint_folder checkpoint_writer checkpoint readers.source*
     readers.safetensors_file* readers.dialects* readers.gguf_tokenizer* readers.gguf_file* readers.huggingface* readers*
-    checkpoint_source source_arrays convert export program_cache steps synthetic quality deviceless""",
-  "host": """budget* published* advice* verdict* planner* chat_child* chat_template* tokenizer scheduler* output memory engine
-    progress* weights_cache startup following report plots* quality_plots* plan_report* plan_plots*""",
+    checkpoint_source source_arrays convert export rounding magnitudes* calibration program_cache steps synthetic quality
+    quality_gate deviceless hlo* traffic*""",
+  "host": """budget* compiled_budget* step_budget published* advice* verdict* planner* chat_child* chat_template* tokenizer
+    scheduler* output memory engine progress* weights_cache startup following report plots* quality_plots* plan_report*
+    plan_plots*""",
   "entry": "cli conversion_child generate plan",
 }
 ORDER = [name.rstrip("*") for floor in FLOORS.values() for name in floor.split()]

@@ -1,11 +1,15 @@
-"""Compiles the kernels for a GPU that is not there and prints what their machine code says.
+"""Compiles kernels, or a model's whole steps, for GPUs that are not there and prints what the programs say.
 
     python -m tools.compile_deviceless --device h100 --kernel fp8_matmul
     python -m tools.compile_deviceless --device h200 --json
+    python -m tools.compile_deviceless --model llama-3.1-70b --tensor 8 --batch 8 --context 4096 --prefill 2048
 
-One line a kernel and regime: registers a thread, spilled and stack bytes (both must be 0), shared memory, CTAs an SM holds,
-bytes under way to one SM beside what the device's bandwidth needs at 700 ns (Little's law), the tensor and copy instructions,
-and what one call moves and computes. Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not forecasts.
+With --model: memory, traffic beside its floor, launches and collectives a layer, CUDA graphs and the roofline of each part of a
+step, for one GPU (docs/deviceless.md says how to read it).
+Else one line a kernel and regime: registers a thread, spilled and stack bytes (both must be 0), shared memory, CTAs an SM
+holds, bytes under way to one SM beside what the device's bandwidth needs at 700 ns (Little's law), the tensor and copy
+instructions, and what one call moves and computes.
+Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not forecasts.
 """
 
 import json
@@ -15,6 +19,7 @@ from absl import flags
 
 from jaxfp8.cli import run
 from jaxfp8.errors import InputError
+from tools import compile_model
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("device", "h100", "Name in configs/devices, or a TOML of your own.", flag_values=FLAGS)
@@ -22,19 +27,27 @@ flags.DEFINE_string("kernel", "", "Only this operation: fp8_matmul, paged_attent
 flags.DEFINE_string("case", "", "Only cases whose name contains this.", flag_values=FLAGS)
 flags.DEFINE_bool("json", False, "A list of objects instead of a table.", flag_values=FLAGS)
 flags.DEFINE_float("timeout", 600, "Seconds for the compiler.", flag_values=FLAGS)
+compile_model.define_flags(FLAGS)
 
 LATENCY_SECONDS = 700e-9
 SHOWN = r"[QH]GMMA|[QH]MMA|UTC.?MMA|UTMALDG|LDGSTS|LDL|STL|LDS\.U16|LDS\.U8"
 
 
 def main(arguments: list[str]) -> int:
+  if arguments[1:]:
+    raise InputError(f"compile_deviceless: takes flags only; got {arguments[1]!r}. Use --kernel, --case or --model.")
+  if FLAGS.model:
+    if FLAGS.kernel or FLAGS.case:
+      raise InputError(
+        "compile_deviceless: --model is about whole steps; got it with --kernel or --case. Leave one of them out."
+      )
+    return compile_model.main(FLAGS)
+  compile_model.check_no_model_flags(FLAGS)
   from jaxfp8.deviceless import compile_cases, kernel_target, target_config
   from jaxfp8.devices import load_device
   from pallas_kernels import dispatch
   from pallas_kernels.cases import CASES
 
-  if arguments[1:]:
-    raise InputError(f"compile_deviceless: takes flags only; got {arguments[1]!r}. Use --kernel or --case.")
   kernels = sorted({case.kernel for case in CASES})
   if FLAGS.kernel and FLAGS.kernel not in kernels:
     raise InputError(f"compile_deviceless: --kernel must be one of {', '.join(kernels)}; got {FLAGS.kernel!r}.")

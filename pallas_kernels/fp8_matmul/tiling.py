@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
+from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
 
@@ -140,6 +141,19 @@ def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
   read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
   read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
   return read_w + read_x, 2 * T * F * D
+
+
+def call_cost(x_TD, w_FD, scales, y) -> Cost:
+  """What has to cross device memory, whatever tiles read again from L2. scales: those of w and of x that the kernel reads."""
+  w_scale, x_scale = scales
+  number_format = "fp8" if x_TD.dtype == jnp.float8_e4m3fn else "bf16"
+  return Cost(
+    bytes_of(w_FD, w_scale),
+    read_bytes=bytes_of(x_TD, x_scale),
+    written_bytes=bytes_of(y),
+    flops=2 * x_TD.shape[0] * w_FD.size,
+    number_format=number_format,
+  )
 
 
 def form_of(x_TD, w_FD, w_scale) -> Form:

@@ -29,9 +29,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.costs import record
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
-from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, choose_tiling, form_of, unit_of
+from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, call_cost, choose_tiling, form_of, unit_of
 from pallas_kernels.register_layouts import row_layout
 
 _WIDENED = 64  # columns widened at once, which bounds registers
@@ -49,13 +50,20 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> ja
   channel_scale = None if form.block_rows else w_scale
   if T > MAX_SKINNY:
     scales = _per(F, tiling.rows, channel_scale), _per(T, tiling.tokens, x_scale)
-    return _wide(x, w_FD, block_scale, scales, form, tiling, out_dtype, target)[:T, :F]
+    y = _wide(x, w_FD, block_scale, scales, form, tiling, out_dtype, target)
+    record("fp8_matmul", call_cost(x_TD, w_FD, (w_scale, x_scale), y))
+    return y[:T, :F]
   if tiling.splits > 1:
-    return api.Sums(_skinny(x, w_FD, block_scale, None, None, form, tiling, jnp.float32)[:, :T, :F], channel_scale, x_scale)
+    y = _skinny(x, w_FD, block_scale, None, None, form, tiling, jnp.float32)
+    record("fp8_matmul", call_cost(x_TD, w_FD, (*(block_scale or (None,)), None), y))
+    return api.Sums(y[:, :T, :F], channel_scale, x_scale)
+  read = w_scale, x_scale
   w_scale = None if channel_scale is None else _per(F, tiling.rows, channel_scale)
   if x_scale is not None:
     x_scale = _per(T, tiling.tokens, x_scale) if x_scale.ndim else x_scale[None]
-  return _skinny(x, w_FD, block_scale, w_scale, x_scale, form, tiling, out_dtype)[0, :T, :F]
+  y = _skinny(x, w_FD, block_scale, w_scale, x_scale, form, tiling, out_dtype)
+  record("fp8_matmul", call_cost(x_TD, w_FD, read, y))
+  return y[0, :T, :F]
 
 
 def power_of_two_scale(x):

@@ -17,8 +17,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import costs
 from pallas_kernels.float8 import FLOAT8, MAX, Quantized, scale_of
 from pallas_kernels.fp8_matmul.api import Sums
+from pallas_kernels.fused import cost
 from pallas_kernels.paged_attention.reference import query_places
 from pallas_kernels.register_layouts import flat_layout, row_layout
 
@@ -52,6 +54,7 @@ def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target):
     grid_names=("token",),
     **row.threads(),
   )(x_TD, y_TD, weight_D, *static)
+  costs.record("residual_norm", cost.residual_norm(x_TD, y_TD, weight_D, (x, *activations)))
   return x, _activations(activations, quantize, static_scale)
 
 
@@ -87,6 +90,7 @@ def silu_multiply(gate_up: Sums, *, quantize, static_scale, dtype, target):
     grid_names=("token",),
     **row.threads(),
   )(parts, *sums.arrays, *static)
+  costs.record("silu_multiply", cost.silu_multiply(gate_up, activations))
   return _activations(activations, quantize, static_scale)
 
 
@@ -169,6 +173,7 @@ def rope_write(
     grid=(T, K),
     grid_names=("token", "head"),
   )(qkv.parts_STF.reshape(S, T, K * rows, 2, half), cos_TH, sin_TH, page_table_BM, first, *where, *sums.arrays, *static, *refs)
+  costs.record("rope_write", cost.rope_write(qkv, cos_TH, sin_TH, pages, q_TNH))
   return q_TNH, tuple(jax.ref.freeze(ref) for ref in refs)
 
 

@@ -18,6 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.costs import Cost, bytes_of, record
 from pallas_kernels.float8 import FLOAT8, MAX, Quantized, scale_of
 from pallas_kernels.register_layouts import row_layout
 
@@ -49,7 +50,16 @@ def combine(out, log_sum, G: int, *, quantize: bool, dtype):
     grid_names=("token", "head", "rows", "channels"),
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(out, log_sum)
+  record("combine", cost(out, log_sum, (result,)))
   return result.reshape(T, K * G, H)
+
+
+def cost(out, log_sum, outputs) -> Cost:
+  """Attention's parts joined. Their padding is not read."""
+  T, K, S, _, H = out.shape
+  rows = outputs[0].size // (T * K * H)
+  read = T * K * S * rows * (H * out.dtype.itemsize + log_sum.dtype.itemsize)
+  return Cost(read_bytes=read, written_bytes=bytes_of(*outputs), flops=4 * T * K * S * rows * H)
 
 
 def _combine_and_quantize(out, log_sum, G, dtype):
@@ -73,6 +83,7 @@ def _combine_and_quantize(out, log_sum, G, dtype):
     grid_names=("token",),
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(out, log_sum)
+  record("combine", cost(out, log_sum, (values, scale)))
   return Quantized(values.reshape(T, -1), scale)
 
 

@@ -39,7 +39,7 @@ def query_places(query_starts, lengths_B, num_tokens):
   if query_starts is None:
     return jnp.arange(num_tokens), lengths_B - 1
   token = jnp.arange(num_tokens)
-  sequence = jnp.searchsorted(query_starts[1:], token, side="right")
+  sequence = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all")
   sequence = jnp.minimum(sequence, lengths_B.shape[0] - 1)
   position = lengths_B[sequence] - (query_starts[sequence + 1] - token)
   padding = token >= query_starts[-1]

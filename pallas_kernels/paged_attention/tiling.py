@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
+from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 
 ROWS = 64  # tokens or head channels of one wgmma
@@ -98,6 +99,26 @@ def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tupl
   return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
 
 
+def call_cost(q, pools, parts, tokens: int, lengths) -> Cost:
+  """What has to cross device memory: every sequence's pages once, however many tiles see them.
+
+  q, parts: what the kernel takes and leaves. pools: K, V and their scales if any. tokens: queries, the last of their
+  sequences, dealt evenly. lengths: tokens of each sequence.
+  """
+  _, K, _, H = pools[0].shape
+  a_token = K * (2 * H * pools[0].dtype.itemsize + (8 if len(pools) == 4 else 0))
+  queries = tokens // len(lengths)
+  attended = sum(queries * (length - queries) + queries * (queries + 1) // 2 for length in lengths)
+  heads = q.size // (H * tokens)
+  return Cost(
+    kv_read_bytes=sum(lengths) * a_token,
+    read_bytes=bytes_of(q),
+    written_bytes=bytes_of(*parts),
+    flops=4 * heads * H * attended,
+    number_format="bf16",  # float8 pages are widened to float16
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
   """sequences [tiles], tokens [tiles, tokens] and how many keys each of them sees, limits [tiles, tokens] (0: padding)."""
@@ -119,13 +140,13 @@ def prefill_tiles(query_starts, lengths_B, T: int, size: int) -> Tiles:
   counts = query_starts[1:] - query_starts[:-1]
   first_tile = jnp.cumulative_sum((counts + size - 1) // size, include_initial=True)
   tile = jnp.arange(T // size + B)
-  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right"), 0, B - 1)
+  sequence = jnp.clip(jnp.searchsorted(first_tile[1:], tile, side="right", method="compare_all"), 0, B - 1)
   offset = (tile - first_tile[sequence])[:, None] * size + jnp.arange(size)
   inside = (offset < counts[sequence][:, None]) & (tile < first_tile[-1])[:, None]
   limits = jnp.where(inside, (lengths_B - counts)[sequence][:, None] + offset + 1, 0)
   tokens = jnp.where(inside, query_starts[sequence][:, None] + offset, 0)
   token = jnp.arange(T)
-  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right"), 0, B - 1)
+  owner = jnp.clip(jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all"), 0, B - 1)
   places = first_tile[owner] * size + token - query_starts[owner]
   present = token < query_starts[-1]
   return Tiles(sequence.astype(jnp.int32), tokens, limits.astype(jnp.int32), jnp.where(present, places, 0), present)

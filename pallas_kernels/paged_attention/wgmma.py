@@ -30,10 +30,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import costs
 from pallas_kernels.dispatch import Target
 from pallas_kernels.fp8_matmul.wgmma import power_of_two, shift_of, transforms
 from pallas_kernels.paged_attention.combine import combine
-from pallas_kernels.paged_attention.tiling import ROWS, Tiling, choose_tiling, prefill_tiles, query_rows
+from pallas_kernels.paged_attention.tiling import ROWS, Tiling, call_cost, choose_tiling, prefill_tiles, query_rows
 from pallas_kernels.register_layouts import row_layout
 
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
@@ -75,6 +76,8 @@ def paged_attention(
   scales = () if k_scale is None else (k_scale, v_scale)
   table = page_table_BM, jnp.asarray(first_page, jnp.int32).reshape(1)
   parts = _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling, q_TNH.dtype)
+  if (held := costs.lengths()) is not None:
+    costs.record("paged_attention", call_cost(q_TNH, (k_pages, v_pages, *scales), parts, T, held))
   if decode and (quantize or tiling.splits > 1):
     return combine(*parts, N // K, quantize=quantize, dtype=q_TNH.dtype)
   out = parts[0][:, :, 0] if tiling.splits == 1 else _joined(*parts, q_TNH.dtype)
