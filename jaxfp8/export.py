@@ -110,7 +110,7 @@ def _scheme(source: CheckpointSource) -> dict[str, Any]:
   static = {name.rpartition(".")[0] for name in source.static_scales() if name.endswith(".input_scale")}
   groups = {}
   for kind, names in by_kind.items():
-    inputs = _inputs(kind, all(name in static for name in names), source.manifest.recipe.activations)
+    inputs = _inputs(kind, all(name in static for name in names), source.manifest.recipe.activation_dtype)
     targets = ["Linear"] if len(by_kind) == 1 else names
     groups[f"group_{len(groups)}"] = {
       "targets": targets, "weights": _weights(kind), "input_activations": inputs, "output_activations": None,
