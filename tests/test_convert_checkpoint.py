@@ -279,7 +279,9 @@ class TestExport:
       tmp_path / "source", config, kind=kind, plain=("layers.1.self_attn.o",), extra=extra
     )
     convert.convert_checkpoint(folder, tmp_path / "ours", activations="static")
-    export.export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
+    config_json = export.export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
+    (group,) = config_json["quantization_config"]["config_groups"].values()
+    assert group["input_activations"]["dynamic"] is False and group["weights"]["strategy"] == kind
     source = readers.open_source(tmp_path / "theirs")
     assert source.notes == () and source.dialect == "compressed-tensors" and source.config.d_ff == config.d_ff
     convert.convert_checkpoint(source, tmp_path / "again", activations="static")
@@ -308,11 +310,12 @@ class TestExport:
 
 
 MEASURED = """
-import resource, sys
+import sys
 from jaxfp8 import convert
+from jaxfp8.memory import peak_bytes
 convert._WRITE_BYTES = 4 << 20
 convert.convert_checkpoint(sys.argv[1], sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_bytes())
 """
 
 

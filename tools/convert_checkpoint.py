@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import sys
 import time
 
@@ -59,6 +58,7 @@ def main(argv: list[str]) -> int:
       raise InputError(f"convert: --{name} must be given. Run with --help to see the flags.")
   from jaxfp8 import convert
   from jaxfp8.checkpoint_source import open_any
+  from jaxfp8.memory import peak_bytes
   from jaxfp8.progress import Progress
   from jaxfp8.source_arrays import has_inputs
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     print(f"convert: {note}.", file=sys.stderr)
   read = sum(path.stat().st_size for path in source.files())
   written = sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.expected.values())
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak = peak_bytes()
   result = {
     "output": FLAGS.output,
     "dialect": source.dialect,
