@@ -50,7 +50,7 @@ class Speculation:
 def smallest_change(deployment: Deployment, batch: int) -> str:
   """The first of these that makes `batch` sequences fit, as a flag to pass: FP8 KV, fewer sequences, a shorter context,
   FP8 weights, more devices, another device."""
-  if deployment.recipe.kv != "fp8" and _fits(deployment.with_recipe(kv="fp8"), batch):
+  if deployment.recipe.kv_dtype != "fp8" and _fits(deployment.with_recipe(kv="fp8"), batch):
     return "pass --kv_cache=fp8"
   if most := max_sequences(deployment):
     return f"pass --batch={most}"

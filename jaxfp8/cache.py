@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import DATA, KV
 from jaxfp8.errors import InputError
-from jaxfp8.fp8 import DTYPES
+from jaxfp8.fp8 import DTYPES, FLOAT8
 
 PAGE_SIZES = (32, 64, 128)
 DEFAULT_PAGE_SIZE = 64
@@ -33,7 +33,7 @@ class KVCache:
 
   @classmethod
   def abstract(cls, config: LlamaConfig, num_pages: int, dtype: str = "bf16", page_size: int = DEFAULT_PAGE_SIZE) -> "KVCache":
-    """Shapes and dtypes only. `dtype` is "fp8", "bf16" or "f32". Raises InputError for another page size or dtype."""
+    """Shapes and dtypes only. `dtype` is one of a Recipe's `kv`. Raises InputError for another page size or dtype."""
     if page_size not in PAGE_SIZES:
       raise InputError(f"cache: page_size must be one of {PAGE_SIZES}; got {page_size}.")
     if dtype not in DTYPES:
@@ -41,7 +41,7 @@ class KVCache:
     if num_pages < 1:
       raise InputError(f"cache: num_pages must be at least 1; got {num_pages}.")
     L, P, K, C, H = config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim
-    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if dtype == "fp8" else None
+    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if DTYPES[dtype] == FLOAT8 else None
     return cls(
       k_pages=jax.ShapeDtypeStruct((L, P, K, C, H), DTYPES[dtype]),
       v_pages=jax.ShapeDtypeStruct((L, P, K, H, C), DTYPES[dtype]),

@@ -12,16 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8 import layout
-from jaxfp8.checkpoint_folder import (
-  CheckpointWriter,
-  Manifest,
-  check_files,
-  damaged,
-  orbax,
-  orbax_context,
-  read_manifest,
-)
+from jaxfp8 import layout, static_scales
+from jaxfp8.checkpoint_folder import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
+from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import LlamaConfig
 from jaxfp8.dims import MESH_AXES
 from jaxfp8.errors import InputError
@@ -29,20 +22,23 @@ from jaxfp8.filling import Range, fill
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model import Llama
 from jaxfp8.text import TokenizerFiles
+from jaxfp8.widening import widened
 
 
 def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
   """Writes a model that holds arrays as a checkpoint. Raises InputError for a model cut or padded for several devices."""
   if model.shape.tensor != 1:
     raise InputError(f"save: the model must be loaded with tensor=1; got tensor={model.shape.tensor}. Load it again.")
-  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, {"source": "jaxfp8.save"})
+  names = tuple(key.partition("[")[0] for key in static_scales.wanted(model))
+  about = {"source": "jaxfp8.save"}
+  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, about, static_scales=names)
   with CheckpointWriter(folder, manifest) as writer:
     arrays = {layout.EMBEDDING: model.embedding, layout.FINAL_NORM: model.final_norm.weight}
     if not model.config.tied_embeddings:
       arrays[layout.HEAD] = model.head.weight
     writer.write({key: np.asarray(weight.get_value()) for key, weight in arrays.items()})
     for layer in range(model.config.num_layers):
-      writer.write(layout.split_layer(model, layer))
+      writer.write(layout.split_layer(model, layer) | static_scales.split_layer(model, layer))
 
 
 def load_checkpoint(
@@ -68,8 +64,10 @@ def load_checkpoint(
     manifest.recipe, activations=activations or manifest.recipe.activations, kv=kv or manifest.recipe.kv
   )
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
-  reader = _Reader(pathlib.Path(folder), manifest)
-  return fill(model, reader.read, mesh)
+  reader = CheckpointReader(pathlib.Path(folder), manifest)
+  static_scales.require(static_scales.wanted(model), reader.expected, folder)
+  read = widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream])
+  return static_scales.fill(fill(model, read, mesh), reader.read_array, mesh)
 
 
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
@@ -104,13 +102,15 @@ def mesh_shape(mesh: Mesh | None) -> MeshShape:
   return MeshShape() if mesh is None else MeshShape(*(mesh.shape[axis] for axis in MESH_AXES))
 
 
-class _Reader:
+class CheckpointReader:
   """Arrays of one checkpoint by key, checked against what its manifest promises."""
 
   def __init__(self, folder: pathlib.Path, manifest: Manifest):
     self.folder = folder
     check_files(folder)
-    groups = layout.checkpoint_arrays(manifest.config, manifest.recipe, manifest.formats)
+    groups = layout.checkpoint_arrays(
+      manifest.config, manifest.recipe, manifest.formats, manifest.exceptions, manifest.static_scales
+    )
     self.expected = {key: value for group in groups for key, value in group.items()}
     import tensorstore
 
@@ -139,6 +139,14 @@ class _Reader:
       under_way = {where: where.cut(array.result()).read() for where, array in opened.items()}
       return {where: array.result() for where, array in under_way.items()}
     except Exception as error:  # Tensorstore raises ValueError for whatever is not right
+      raise damaged(self.folder, error) from error
+
+  def read_array(self, key: str) -> np.ndarray:
+    import tensorstore
+
+    try:
+      return np.asarray(self._open(tensorstore, key).result().read().result())
+    except Exception as error:
       raise damaged(self.folder, error) from error
 
   def _open(self, tensorstore, key: str):

@@ -113,7 +113,7 @@ def _stop(code: int) -> None:
   hosts = sys.modules.get("jaxfp8.hosts")
   if hasattr(hosts, "announce"):
     hosts.announce("Stopped.")
-  folders = sys.modules.get("jaxfp8.checkpoint_folder")
+  folders = sys.modules.get("jaxfp8.checkpoint_writer")
   if hasattr(folders, "abandon_unfinished"):
     folders.abandon_unfinished()
   os._exit(code)

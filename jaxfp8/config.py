@@ -24,6 +24,8 @@ from jaxfp8.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "llama3")
 WEIGHT_DTYPES = ("fp8", "bf16", "f32")
+STATIC = "_static"  # behind a dtype: its scales are stored, not measured at run time
+ACTIVATION_DTYPES = ("fp8", "fp8" + STATIC, "bf16", "f32")  # of linear inputs, and of KV pages
 GRANULARITIES = ("tensor", "channel", "block128")
 BLOCK = 128  # side of a weight-scale block, in elements
 
@@ -168,8 +170,9 @@ class Recipe:
   weights: linear layers' weights, "fp8" (e4m3fn with float32 scales), "bf16" or "f32". Embedding and head are bf16
     in an fp8 recipe (quantizing the head costs more quality than all layers together).
   granularity: what one weight scale covers: a "tensor", an output "channel" or a "block128" of 128 x 128.
-  activations: what the linear layers multiply with: "fp8" (dynamic scale per token), "bf16" or "f32".
-  kv: what the KV pages hold: "fp8" (scale per token and head), "bf16" or "f32".
+  activations: what the linear layers multiply with: "fp8" (dynamic scale per token), "fp8_static" (one stored scale per
+    matrix, from calibration), "bf16" or "f32".
+  kv: what the KV pages hold: "fp8" (scale per token and head), "fp8_static" (one stored scale per head), "bf16" or "f32".
   """
 
   weights: str = "fp8"
@@ -181,14 +184,23 @@ class Recipe:
     for field, allowed in (
       ("weights", WEIGHT_DTYPES),
       ("granularity", GRANULARITIES),
-      ("activations", WEIGHT_DTYPES),
-      ("kv", WEIGHT_DTYPES),
+      ("activations", ACTIVATION_DTYPES),
+      ("kv", ACTIVATION_DTYPES),
     ):
       value = getattr(self, field)
       if value not in allowed:
         raise InputError(f"recipe: {field} must be one of {', '.join(allowed)}; got {value!r}.")
-    if self.activations == "fp8" and self.weights != "fp8":
+    if self.activation_dtype == "fp8" and self.weights != "fp8":
       raise InputError(f"recipe: fp8 activations need fp8 weights; got weights={self.weights!r}. Pass --activations=auto.")
+
+  @property
+  def activation_dtype(self) -> str:
+    """What `activations` are, however they are scaled: "fp8", "bf16" or "f32"."""
+    return self.activations.removesuffix(STATIC)
+
+  @property
+  def kv_dtype(self) -> str:
+    return self.kv.removesuffix(STATIC)
 
   @property
   def stream(self) -> str:

@@ -1,7 +1,8 @@
 """Converts weights into the cache in a process of its own; `startup.open_model` starts it where there are many processes.
 
 Orbax writes with all processes of a run together, and here each host has a cache of its own. One JSON object as the only
-argument, {"path", "recipe", "cache_dir", "tensor", "data", "needs_tokenizer"}; one line as the answer, {"folder"} or {"error"}.
+argument, {"path", "recipe", "cache_dir", "tensor", "data", "needs_tokenizer", "own_granularity"}; one line as the answer,
+{"folder"} or {"error"}.
 """
 
 import json
@@ -23,9 +24,10 @@ def _main(wishes: dict) -> dict:
     if wishes["needs_tokenizer"]:
       Tokenizer(source.tokenizer)
 
+  what = wishes["path"], Recipe(**wishes["recipe"]), wishes["cache_dir"]
   cli.silence_libraries()
   try:
-    return {"folder": str(cached_checkpoint(wishes["path"], Recipe(**wishes["recipe"]), wishes["cache_dir"], check=check))}
+    return {"folder": str(cached_checkpoint(*what, check=check, own_granularity=wishes["own_granularity"]))}
   except InputError as error:
     return {"error": str(error)}
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from jaxfp8 import cli
 from jaxfp8.cluster import Place
-from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES, Recipe
+from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, Recipe
 from jaxfp8.errors import InputError
 
 FLAGS = flags.FlagValues()
@@ -50,9 +50,13 @@ _define(
 )
 _define(flags.DEFINE_enum, "granularity", None, GRANULARITIES, "What one fp8 weight scale covers (channel).")
 _define(
-  flags.DEFINE_enum, "activations", "auto", ("auto", "fp8", "bf16"), "What linear layers multiply with; auto: fp8 on FP8 units."
+  flags.DEFINE_enum,
+  "activations",
+  "auto",
+  ("auto", "fp8", "fp8_static", "bf16"),
+  "What linear layers multiply with; auto: fp8 on FP8 units, with static scales where the checkpoint was made for them.",
 )
-_define(flags.DEFINE_enum, "kv_cache", None, WEIGHT_DTYPES, "KV cache (bf16, or f32 with f32 weights).")
+_define(flags.DEFINE_enum, "kv_cache", None, ACTIVATION_DTYPES, "KV cache (bf16, or f32 with f32 weights).")
 _define(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
 _define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
 _define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0 of many; auto: what SLURM or Kubernetes say.")

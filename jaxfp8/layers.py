@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from jaxfp8.batch import DecodeBatch, PrefillBatch
 from jaxfp8.cache import KVCache
-from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.config import BLOCK, STATIC, LlamaConfig, Recipe
 from jaxfp8.dims import TENSOR, Axes, concatenate_over, scatter_over, sum_over
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import DTYPES, QArray, quantize_tokens
@@ -61,9 +61,15 @@ class Runtime:
 class Linear(nnx.Module):
   """y [T, F...] = x [T, D] @ w^T for a weight [F..., D], float8 with scales or plain."""
 
-  def __init__(self, weight, partition, runtime: Runtime):
+  def __init__(self, weight, partition, runtime: Runtime, input_scale=None):
     self.weight = nnx.Param(weight, partition=partition)
+    self.input_scale = None if input_scale is None else nnx.Param(input_scale, partition=PartitionSpec())
     self.runtime = runtime
+
+  @property
+  def static_scale(self) -> jax.Array | None:
+    """The stored scale of its float8 inputs, float32 []; None where each token has its own."""
+    return None if self.input_scale is None else self.input_scale.get_value()
 
   @property
   def quantizes(self) -> bool:
@@ -74,7 +80,7 @@ class Linear(nnx.Module):
     """The product as it leaves its kernel, with F... flattened, for an operation that finishes it."""
     weight, x_scale, scale = self.weight.get_value(), None, None
     if self.quantizes and not isinstance(x_TD, Quantized):
-      x_TD = quantize_tokens(x_TD)
+      x_TD = quantize_tokens(x_TD, self.static_scale)
     if isinstance(x_TD, Quantized):
       x_TD, x_scale = x_TD
     if isinstance(weight, QArray):
@@ -104,7 +110,8 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear) -> tuple[jax.Array, jax.Array | Quantized]:
     weight_D = self.weight.get_value()
-    return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, quantize=reader.quantizes, **self.runtime.kernels)
+    how = {"quantize": reader.quantizes, "static_scale": reader.static_scale}
+    return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, **how, **self.runtime.kernels)
 
 
 class Attention(nnx.Module):
@@ -113,13 +120,26 @@ class Attention(nnx.Module):
   def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
     self.qkv = build.linear(layer_format.qkv, build.qkv_shape, PartitionSpec(None, TENSOR))
     self.o = build.linear(layer_format.o, build.o_shape, PartitionSpec(None, None, TENSOR), build.o_run)
+    self.k_scale, self.v_scale = build.kv_scale(), build.kv_scale()
     self.runtime = build.runtime
+
+  @property
+  def static_scales(self) -> tuple[jax.Array, jax.Array] | None:
+    """The stored scales of float8 keys and values, float32 [K] each; None where each token has its own."""
+    return None if self.k_scale is None else (self.k_scale.get_value(), self.v_scale.get_value())
 
   def __call__(self, x_TD: jax.Array | Quantized, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
     where = {"first_page": context.first_page, **self.runtime.kernels}
     table = context.page_table_BM, context.query_starts, context.lengths_B
     q_TNH, pages = pallas_kernels.rope_write(
-      self.qkv.sums(x_TD), context.cos_TH, context.sin_TH, pool.pools, *table, dtype=self.runtime.stream_dtype, **where
+      self.qkv.sums(x_TD),
+      context.cos_TH,
+      context.sin_TH,
+      pool.pools,
+      *table,
+      static_scales=self.static_scales,
+      dtype=self.runtime.stream_dtype,
+      **where,
     )
     pool = KVCache.of(pages)
     out = pallas_kernels.paged_attention(
@@ -129,7 +149,7 @@ class Attention(nnx.Module):
       *table,
       k_scale=pool.k_scale,
       v_scale=pool.v_scale,
-      quantize=self.o.quantizes,
+      quantize=self.o.quantizes and self.o.static_scale is None,
       **where,
     )
     out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)
@@ -145,9 +165,8 @@ class Mlp(nnx.Module):
     self.runtime = build.runtime
 
   def __call__(self, x_TD: jax.Array | Quantized, context: "StepContext") -> jax.Array:
-    hidden = pallas_kernels.silu_multiply(
-      self.gate_up.sums(x_TD), quantize=self.down.quantizes, dtype=self.runtime.stream_dtype, **self.runtime.kernels
-    )
+    how = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
+    hidden = pallas_kernels.silu_multiply(self.gate_up.sums(x_TD), **how, **self.runtime.kernels)
     return context.reduce(self.down(hidden), self.runtime.axes)
 
 
@@ -228,7 +247,15 @@ class LayerBuilder:
     else:
       scale_shape, scale_partition = shape[:-1], PartitionSpec(*partition[: len(shape) - 1])
     scale = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime)
+    static = self.recipe.activations == "fp8" + STATIC
+    input_scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if static else None
+    return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime, input_scale)
+
+  def kv_scale(self) -> nnx.Param | None:
+    """A stored scale for each KV head, where the recipe has them."""
+    if self.recipe.kv != "fp8" + STATIC:
+      return None
+    return nnx.Param(jax.ShapeDtypeStruct(self.qkv_shape[:2], jnp.float32), partition=PartitionSpec(None, TENSOR))
 
   def _block_columns(self, shape, partition, run: int | None) -> int:
     cut = len(partition) == len(shape) and self.shape.tensor > 1
@@ -272,7 +299,7 @@ class StepContext:
 
   def whole(self, normed):
     """All rows of what a norm gave, in float8 already where linears read that."""
-    return jax.tree.map(lambda x: concatenate_over(x, self.row_axes), normed)
+    return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
 
   def at_page(self, first_page: jax.Array) -> "StepContext":
     """The same for the layer whose pages in the flattened pool begin there."""

@@ -4,6 +4,11 @@ In a checkpoint: one array per layer and matrix, unmerged, [out, in], Hugging Fa
 
     model.layers.3.self_attn.k_proj.weight[KH,D]   float8, bf16 or f32
     model.layers.3.self_attn.k_proj.scale[KH]      float32, beside float8 only; [KH/128,D/128] for block scales
+    model.layers.3.self_attn.q_proj.input_scale[]  float32, where the source has static activation scales: one a matrix
+    model.layers.3.self_attn.k_scale[K]            float32, where it has scales of keys (v_scale: values), one a KV head
+
+What cannot be part of a merged array as it is (float8 beside a bf16 neighbour, other scales than the recipe's, a float8 head)
+is stored as it came, listed in the manifest's `exceptions`, and widened when it is loaded (widening.py).
 
 In a model: merged, padded, replicated for a mesh and stacked per segment (see model.py). Numpy only, no I/O: `parts` says
 from which rows or columns of which arrays each model weight is built (filling.py does it); `split_layer` takes one layer of a
@@ -12,7 +17,8 @@ model apart again.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 
 import jax
 import ml_dtypes
@@ -45,33 +51,78 @@ def weight_key(layer: int, matrix: str, letters: str) -> str:
 
 
 def scale_key(layer: int, matrix: str, letters: str, granularity: str) -> str:
-  axes = letters.split(",")
-  shape = ",".join(f"{axis}/{BLOCK}" for axis in axes) if granularity == "block128" else axes[0]
-  return f"model.layers.{layer}.{matrix}.scale[{shape}]"
+  return scale_of_key(weight_key(layer, matrix, letters), granularity)
+
+
+def keys_of(layer: int, merged: str, granularity: str) -> list[tuple[str, str]]:
+  """(key of the weight, key of its scale) of each of those matrices, for float8 weights."""
+  return [(weight_key(layer, *matrix), scale_key(layer, *matrix, granularity)) for matrix in _MATRICES[merged].items()]
 
 
 def checkpoint_arrays(
-  config: LlamaConfig, recipe: Recipe, formats: tuple[LayerFormat, ...]
+  config: LlamaConfig,
+  recipe: Recipe,
+  formats: tuple[LayerFormat, ...],
+  exceptions: Mapping[str, str] = MappingProxyType({}),
+  static: Collection[str] = (),
 ) -> list[dict[str, tuple[tuple[int, ...], np.dtype]]]:
-  """Key -> (shape, dtype) of every array of a checkpoint, in groups to write one by one: the rest first, then each layer."""
+  """Key -> (shape, dtype) of every array of a checkpoint, in groups: the rest first, then each layer.
+
+  exceptions: module -> "channel" or "block128" of a matrix stored as float8 whatever `formats` says.
+  static: names of input and KV scales, as `static_key` takes them.
+  """
   c = config
   sizes = {"V": c.vocab_size, "D": c.d_model, "F": c.d_ff, "NH": c.num_heads * c.head_dim, "KH": c.num_kv_heads * c.head_dim}
   f32 = np.dtype(np.float32)
-  table = ((sizes["V"], sizes["D"]), NUMPY_DTYPES[recipe.stream])
-  groups = [{EMBEDDING: table} | ({} if c.tied_embeddings else {HEAD: table}) | {FINAL_NORM: ((sizes["D"],), f32)}]
+
+  def matrix(key: str, dtype: str, granularity: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    module, letters = split_key(key)
+    if module in exceptions:
+      dtype, granularity = "fp8", exceptions[module]
+    shape = tuple(sizes[letter] for letter in letters.split(","))
+    arrays = {key: (shape, NUMPY_DTYPES[dtype])}
+    if dtype == "fp8":
+      blocks = tuple(-(-size // BLOCK) for size in shape)
+      arrays[scale_of_key(key, granularity)] = (blocks if granularity == "block128" else shape[:1], f32)
+    return arrays
+
+  tables = (EMBEDDING,) if c.tied_embeddings else (EMBEDDING, HEAD)
+  groups = [{FINAL_NORM: ((sizes["D"],), f32)}]
+  for table in tables:
+    groups[0] |= matrix(table, recipe.stream, recipe.granularity)
   for layer, layer_format in enumerate(formats):
     group = {weight_key(layer, norm, "D"): ((sizes["D"],), f32) for norm in _NORMS.values()}
     for merged, matrices in _MATRICES.items():
-      dtype = getattr(layer_format, merged)
-      for matrix, letters in matrices.items():
-        shape = tuple(sizes[letter] for letter in letters.split(","))
-        group[weight_key(layer, matrix, letters)] = (shape, NUMPY_DTYPES[dtype])
-        if dtype == "fp8":
-          blocks = tuple(-(-size // BLOCK) for size in shape)
-          scale_shape = blocks if recipe.granularity == "block128" else shape[:1]
-          group[scale_key(layer, matrix, letters, recipe.granularity)] = (scale_shape, f32)
+      for name, letters in matrices.items():
+        group |= matrix(weight_key(layer, name, letters), getattr(layer_format, merged), recipe.granularity)
     groups.append(group)
+  for name in static:
+    layer = int(name.split(".")[2])
+    groups[1 + layer][static_key(name)] = ((c.num_kv_heads,) if static_key(name).endswith("[K]") else (), f32)
   return groups
+
+
+def merged_modules(layer: int) -> dict[str, tuple[str, ...]]:
+  """Merged matrix -> the modules (`model.layers.0.self_attn.q_proj`) that it holds."""
+  return {merged: tuple(f"model.layers.{layer}.{name}" for name in names) for merged, names in _MATRICES.items()}
+
+
+def split_key(key: str) -> tuple[str, str]:
+  """`model.norm.weight[D]` -> (`model.norm`, `D`)."""
+  name, _, letters = key.partition("[")
+  return name.rpartition(".")[0], letters.rstrip("]")
+
+
+def scale_of_key(key: str, granularity: str) -> str:
+  """The key of the scale beside a float8 weight's key."""
+  module, letters = split_key(key)
+  axes = letters.split(",")
+  return f"{module}.scale[{','.join(f'{axis}/{BLOCK}' for axis in axes) if granularity == 'block128' else axes[0]}]"
+
+
+def static_key(name: str) -> str:
+  """The key of a static scale: `MODULE.input_scale` is one number, `...self_attn.k_scale` and `v_scale` one a KV head."""
+  return name + ("[K]" if name.endswith((".k_scale", ".v_scale")) else "[]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """How much memory devices have free, and whether a KV pool fits into it: the same answer in every process."""
 
+import resource
+
 import jax
 from jax.sharding import Mesh
 
@@ -50,3 +52,12 @@ def require_kv_fits(model: Llama, limits: Limits, mesh: Mesh) -> int:
       f"{free / 1e9:.2f} GB are free. Use fewer or shorter sequences, or --kv_cache=fp8."
     )
   return pool
+
+
+def peak_bytes() -> int:
+  """Most memory of this process that was resident. (getrusage counts what its parent had when it was started, too.)"""
+  try:
+    with open("/proc/self/status", encoding="ascii") as file:
+      return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+  except (OSError, StopIteration):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

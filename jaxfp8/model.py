@@ -56,7 +56,7 @@ class Llama(nnx.Module):
     self.formats = formats or (LayerFormat.uniform(self.recipe.weights),) * config.num_layers
     if len(self.formats) != config.num_layers:
       raise InputError(f"Llama: needs one format a layer; got {len(self.formats)} for {config.num_layers} layers.")
-    self.runtime = Runtime(axes, implementation, target, self.recipe.activations, self.recipe.stream)
+    self.runtime = Runtime(axes, implementation, target, self.recipe.activation_dtype, self.recipe.stream)
     builder = LayerBuilder(config, self.recipe, self.shape, self.runtime)
     vocab = (builder.padded.vocab_size, config.d_model)
     self.embedding = nnx.Param(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))

@@ -17,7 +17,7 @@ from rich.console import Console
 from jaxfp8 import cli
 from jaxfp8.advice import Speculation
 from jaxfp8.compiled_budget import Question, budgets
-from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
+from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
 from jaxfp8.devices import device_names
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import round_up
@@ -48,8 +48,8 @@ _define(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds
 _define(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
 _define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
 _define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one FP8 weight scale covers.")
-_define(flags.DEFINE_enum, "activations", "auto", ("auto", *WEIGHT_DTYPES), "What the linear layers multiply in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8", WEIGHT_DTYPES, "What the KV cache is stored in.")
+_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_DTYPES), "What the linear layers multiply in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_DTYPES, "What the KV cache is stored in.")
 _define(flags.DEFINE_integer, "page_tokens", 64, "Tokens in a page of the KV cache: 32, 64 or 128.")
 _define(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
 _define(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")

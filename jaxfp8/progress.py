@@ -6,17 +6,28 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+  BarColumn,
+  DownloadColumn,
+  SpinnerColumn,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+  TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 
 class Progress:
   """Use as a context manager around everything slow; nothing may be printed to stderr meanwhile. `silent` shows nothing."""
 
-  def __init__(self, silent: bool = False):
+  def __init__(self, silent: bool = False, rate: bool = False):
+    """rate: also GB/s and the time left, where bytes are counted."""
     self._silent = silent
     self._console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    if rate:
+      columns = (*columns, TransferSpeedColumn(), TimeRemainingColumn())
     self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal and not silent else None
 
   def __enter__(self) -> "Progress":

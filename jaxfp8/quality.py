@@ -21,8 +21,10 @@ from jaxfp8.batch import PrefillBatch
 from jaxfp8.cache import KVCache
 from jaxfp8.errors import InputError
 from jaxfp8.fp8 import QArray, dequantize
+from jaxfp8.layout import merged_linear
 from jaxfp8.model import Llama
 
+MATRICES = ("qkv", "o", "gate_up", "down")  # of a layer, as a model merges them
 RESAMPLES, CONFIDENCE = 2000, 0.95
 EXP = np.exp  # what makes a perplexity of a mean of nll
 _POSITIONS = 128  # whose logits exist at a time
@@ -47,6 +49,27 @@ def cut_chunks(tokens: Sequence[int], num_tokens: int, context: int, bos_id: int
     )
   starts = np.linspace(0, len(tokens) - size, count).astype(int)
   rows = np.stack([np.asarray(tokens[start : start + size], np.int32) for start in starts])
+  return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
+
+
+def cut_training_chunks(
+  tokens: Sequence[int], num_tokens: int, context: int, held_out: np.ndarray, bos_id: int | None = None
+) -> np.ndarray:
+  """int32 [chunks, context] for calibration: evenly over what `cut_chunks(tokens, ..)` gave as `held_out` leaves of the text.
+
+  No token is in both. As many chunks as num_tokens / context, rounded up, or as there is room for. Raises InputError for none.
+  """
+  size, taken = context - (bos_id is not None), held_out.shape[1] - (bos_id is not None)
+  starts = np.linspace(0, len(tokens) - taken, len(held_out)).astype(int)  # as in cut_chunks
+  free = [
+    start
+    for first, last in zip([0, *(starts + taken)], [*starts, len(tokens)], strict=True)
+    for start in range(first, last - size + 1, size)
+  ]
+  if context < 2 or not free:
+    raise InputError(f"quality: beside the text that is held out there is no room for {context} tokens. Pass a longer text.")
+  places = np.unique(np.linspace(0, len(free) - 1, min(len(free), -(-num_tokens // context))).astype(int))
+  rows = np.stack([np.asarray(tokens[free[place] : free[place] + size], np.int32) for place in places])
   return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
@@ -157,8 +180,8 @@ def bootstrap(values: np.ndarray, transform: Callable = lambda mean: mean) -> Es
   return Estimate(float(transform(means.mean())), float(low), float(high))
 
 
-def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
-  """`base` with the numbers that some layers have in `quantized`, widened to base's dtype: what their rounding alone changes.
+def with_layers(base: Llama, quantized: Llama, layers: Sequence[int], matrices: Sequence[str] = MATRICES) -> Llama:
+  """`base` with the numbers that some layers' matrices have in `quantized`, in base's dtype: what rounding them changes.
 
   A model with those layers in float8 gives the same results but for the order of sums; this one has base's formats, so that
   one compiled program serves for every choice of layers. Both are of one config on one device, with equal formats in all
@@ -168,7 +191,7 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
     raise InputError("quality: with_layers needs two models of one config, each with equal formats in all its layers.")
   graph, state = nnx.split(base)
   changed = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # new variables: `merge` alone would share base's
-  for own, theirs in zip(_linears(changed.segments[0]), _linears(quantized.segments[0]), strict=True):
+  for own, theirs in zip(*(_linears(model.segments[0], matrices) for model in (changed, quantized)), strict=True):
     value = own.get_value()
     for layer in layers:
       rounded = _widen(jax.tree.map(lambda leaf, layer=layer: leaf[layer], theirs.get_value()))
@@ -177,8 +200,8 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int]) -> Llama:
   return changed
 
 
-def _linears(segment) -> list[nnx.Param]:
-  return [linear.weight for linear in (segment.attention.qkv, segment.attention.o, segment.mlp.gate_up, segment.mlp.down)]
+def _linears(segment, matrices: Sequence[str]) -> list[nnx.Param]:
+  return [merged_linear(segment, name).weight for name in matrices]
 
 
 def _widen(weight: QArray | jax.Array) -> jax.Array:

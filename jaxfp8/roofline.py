@@ -79,8 +79,8 @@ def weight_bytes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVI
 
 def kv_bytes_per_token(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> int:
   """Bytes that one token adds to one device's KV pool, over all layers: K and V, and with fp8 one float32 scale a head each."""
-  scales = 2 * SCALE_BYTES if recipe.kv == "fp8" else 0
-  per_head = 2 * config.head_dim * ITEM_BYTES[recipe.kv] + scales
+  scales = 2 * SCALE_BYTES if recipe.kv_dtype == "fp8" else 0
+  per_head = 2 * config.head_dim * ITEM_BYTES[recipe.kv_dtype] + scales
   return config.num_layers * (config.num_kv_heads // mesh.kv) * per_head
 
 
@@ -277,8 +277,8 @@ def _step(
   row = config.d_model * stream
   parameters = (size.qkv_rows + size.attention + 3 * size.d_ff) * config.d_model * config.num_layers
   flops = dict.fromkeys(ITEM_BYTES, 0.0)
-  flops[recipe.activations] += 2.0 * parameters * tokens
-  flops[recipe.kv] += 4.0 * size.attention * config.num_layers * attended  # q times k, and p times v
+  flops[recipe.activation_dtype] += 2.0 * parameters * tokens
+  flops[recipe.kv_dtype] += 4.0 * size.attention * config.num_layers * attended  # q times k, and p times v
   flops[recipe.stream] += 2.0 * size.vocab * config.d_model * sampled
   kv_token = kv_bytes_per_token(config, recipe, mesh)
   cut = mesh.tensor > 1

@@ -19,6 +19,7 @@ from jaxfp8.engine import sizes_up_to
 from jaxfp8.errors import InputError
 from jaxfp8.model import Llama
 from jaxfp8.progress import Progress
+from jaxfp8.source_arrays import source_granularity
 from jaxfp8.steps import Limits
 from jaxfp8.text import TokenizerFiles
 from jaxfp8.tokenizer import Tokenizer
@@ -76,13 +77,18 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
     recipe, source = _stored_recipe(path, wishes), None
   else:
     source = readers.open_source(path) if not wishes.cache_dir else None
-    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or "channel")
+    own = source_granularity(source) if source else None
+    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or own or "channel")
     if wishes.cache_dir:
       with progress.task("Converting weights") as report:
         if hosts.count() > 1:
           path = _convert_apart(path, recipe, wishes)
         else:
-          path = cached_checkpoint(path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes))
+          path = cached_checkpoint(
+            path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes), wishes.granularity is None
+          )
+      if wishes.granularity is None:
+        recipe = dataclasses.replace(recipe, granularity=read_manifest(path).recipe.granularity)
   config = source.config if source else read_manifest(path).config
   if hosts.count() > 1:
     hosts.require_same({"checkpoint": fingerprint(path), "recipe": dataclasses.asdict(recipe)})
@@ -100,7 +106,7 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
 def _convert_apart(path: pathlib.Path, recipe: Recipe, wishes: Wishes) -> pathlib.Path:
   """`cached_checkpoint` in a process that is none of many (conversion_child.py says why)."""
   what = {name: getattr(wishes, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
-  what |= {"path": str(path), "recipe": dataclasses.asdict(recipe)}
+  what |= {"path": str(path), "recipe": dataclasses.asdict(recipe), "own_granularity": wishes.granularity is None}
   command = [sys.executable, "-m", "jaxfp8.conversion_child", json.dumps(what)]
   ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
   try:
@@ -198,7 +204,10 @@ def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
 def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
   """A checkpoint's own weights, with the activations and the KV cache that are asked for."""
   stored = read_manifest(path).recipe
-  return _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
+  recipe = _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
+  if wishes.activations == "auto" and recipe.activations == stored.activation_dtype:
+    recipe = dataclasses.replace(recipe, activations=stored.activations)  # static scales, where they are stored
+  return recipe
 
 
 def _recipe(wishes: Wishes, weights: str, granularity: str) -> Recipe:

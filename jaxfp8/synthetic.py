@@ -16,7 +16,8 @@ _SPREAD = 64.0  # float8 values are normal with this deviation: 448 is seven of 
 def random_weights(model: Llama, key: jax.Array) -> Llama:
   """`model` (abstract, or its weights are ignored) with arrays on the default device; the argument is left as it was.
 
-  Matrices are normal with variance 1 / inputs, in their own dtypes (float8 ones with equal scales); norms are ones.
+  Matrices are normal with variance 1 / inputs, in their own dtypes (float8 ones with equal scales). Norms and static scales
+  are ones.
   """
   graph, state = nnx.split(model)
   state = nnx.to_flat_state(state)
@@ -35,7 +36,7 @@ def _draw(likes: tuple, key: jax.Array) -> list:
 
 
 def _random(path: tuple, like, key: jax.Array):
-  if any("norm" in str(part) for part in path):
+  if any("norm" in str(part) or "_scale" in str(part) for part in path):
     return jnp.ones(like.shape, like.dtype)
   deviation = 1 / math.sqrt(like.shape[-1])
   if isinstance(like, QArray):

@@ -81,7 +81,7 @@ def _limit(deployment: Deployment, batch: int) -> str:
   if times.bound_by in ("weights", "kv"):
     return f"{count}{device.bandwidth / 1e9:,.0f} GB/s"
   if times.bound_by == "flops":
-    return f"{count}{device.flops(deployment.recipe.activations) / 1e12:,.3g} TFLOP/s"
+    return f"{count}{device.flops(deployment.recipe.activation_dtype) / 1e12:,.3g} TFLOP/s"
   if times.bound_by == "launches":
     return f"{device.launch_seconds * 1e6:.1f} us a kernel"
   return f"{mesh.tensor} devices joined at {device.link_bandwidth / 1e9:,.0f} GB/s"

@@ -8,6 +8,7 @@ is converted again, and what a killed process left half written is removed by th
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from jaxfp8.config import Recipe
 from jaxfp8.convert import Progress
 from jaxfp8.errors import InputError
 from jaxfp8.readers import Source
+from jaxfp8.source_arrays import source_granularity
 
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time
@@ -36,9 +38,11 @@ def cached_checkpoint(
   cache_dir: str | os.PathLike,
   progress: Progress | None = None,
   check: Callable[[Source], None] = lambda source: None,
+  own_granularity: bool = False,
 ) -> pathlib.Path:
   """The folder with `source_path` converted by `recipe`'s weights, converting it first if it is not there yet.
 
+  own_granularity: float8 scales of the source's own stay as they are, whatever the recipe's granularity.
   `check` may raise before minutes are spent on a conversion that serves nobody.
   Raises InputError for a source that cannot be read or a cache folder that cannot be written; nothing half-written stays.
   """
@@ -55,8 +59,14 @@ def cached_checkpoint(
   with _one_at_a_time(cache / "locks" / folder.name):
     if not _is_whole(folder):
       _remove_stale(folder)
+      for note in source.notes:
+        print(f"readers: {source.path}: {note}.", file=sys.stderr)
+      if own_granularity and (own := source_granularity(source)):
+        recipe = dataclasses.replace(recipe, granularity=own)
       try:
-        convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+        done = convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+        for note in done.notes[:3]:
+          print(f"convert: {note}.", file=sys.stderr)
       except InputError:
         if not _is_whole(folder):  # else another process converted the same meanwhile, where files cannot be locked
           raise

@@ -147,12 +147,58 @@ def mutate_gguf(folder: pathlib.Path, rng: np.random.Generator) -> None:
   path.write_bytes(mutate_bytes(path.read_bytes(), rng))
 
 
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I64", "F64", "BOOL", "F4", "X")
+
+
+def mutate_float8(folder: pathlib.Path, rng: np.random.Generator) -> None:
+  """Scales that are missing or of odd shapes and dtypes, dtypes swapped, config changed, a file that is a link to outside."""
+  how = rng.random()
+  path = folder / "model.safetensors"
+  if how < 0.15:
+    mutate_json(folder / ("config.json" if rng.random() < 0.6 else "hf_quant_config.json"), rng)
+    return
+  if how < 0.2:
+    target = ("/etc/passwd", "/dev/zero", "../outside.safetensors", str(path), "/")[rng.integers(5)]
+    victim = (path, folder / "config.json", folder / "hf_quant_config.json")[rng.integers(3)]
+    victim.unlink()
+    victim.symlink_to(target)
+    return
+  data = path.read_bytes()
+  size = struct.unpack("<Q", data[:8])[0]
+  header, names = json.loads(data[8 : 8 + size]), []
+  for _ in range(rng.integers(1, 4)):
+    names = [name for name in header if ("scale" in name) == (rng.random() < 0.7) and name != "__metadata__"]
+    name = names[rng.integers(len(names))]
+    entry = header[name]
+    what = rng.integers(6)
+    if what == 0:
+      del header[name]
+    elif what == 1:
+      entry["dtype"] = DTYPES[rng.integers(len(DTYPES))]
+    elif what == 2:
+      count = int(np.prod(entry["shape"]))
+      entry["shape"] = [[count], [count, 1], [1, count], [], [0], [count, 1, 1], [1] * 60, [2**40, 2**40]][rng.integers(8)]
+    elif what == 3:
+      other = header[names[rng.integers(len(names))]]
+      entry["dtype"], other["dtype"] = other["dtype"], entry["dtype"]
+    elif what == 4:
+      header[name.replace("weight_scale", ("weight_scale_inv", "scale", "weight_zero_point")[rng.integers(3)])] = header.pop(
+        name
+      )
+    else:
+      place = 8 + size + entry["data_offsets"][0]
+      data = data[:place] + rng.bytes(8) + data[place + 8 :]
+  header = json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+
+
 MUTATE: dict[str, Callable[[pathlib.Path, np.random.Generator], None]] = {
   "safetensors": mutate_safetensors,
   "index": mutate_index,
   "config": mutate_config,
   "tokenizer": mutate_tokenizer,
   "gguf": mutate_gguf,
+  "float8": mutate_float8,
 }
 
 
@@ -173,6 +219,10 @@ def open_everything(folder: pathlib.Path, with_chat: bool) -> None:
   for name in source.names():
     if source.read(name).shape != source.shape(name):
       raise AssertionError(f"{name} has another shape than promised")
+    if source.granularity(name):
+      source.read_scale(name)
+  for name in source.static_scales():
+    source.read_static(name)
 
 
 def watch_files(folder: pathlib.Path) -> list[str]:
@@ -204,7 +254,7 @@ def reset_peak() -> None:
 def main(kind: str, start: int, stop: int, scratch: pathlib.Path) -> None:
   from jaxfp8.errors import InputError
 
-  base, folder = scratch / ("gguf" if kind == "gguf" else "folder"), scratch / f"case-{kind}"
+  base, folder = scratch / (kind if kind in ("gguf", "float8") else "folder"), scratch / f"case-{kind}"
   shutil.copytree(base, folder)
   open_everything(folder, with_chat=True)  # what is imported late is imported now
   with open("/proc/self/statm") as file:

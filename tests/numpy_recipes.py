@@ -18,10 +18,10 @@ F32 = Recipe("f32", "channel", "f32", "f32")
 
 
 class NumpyRecipe:
-  """`logits(tokens)` of one sequence; `weights` are float32 under Hugging Face's names."""
+  """`logits(tokens)` of one sequence; `weights` are float32 under Hugging Face's names, `scales` static ones under jaxfp8's."""
 
-  def __init__(self, config: LlamaConfig, weights: dict[str, np.ndarray], recipe: Recipe):
-    self.config, self.recipe = config, recipe
+  def __init__(self, config: LlamaConfig, weights: dict[str, np.ndarray], recipe: Recipe, scales=None):
+    self.config, self.recipe, self.scales = config, recipe, scales
     self.weights = {name: self._rounded(name, weight) for name, weight in weights.items()}
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -33,7 +33,8 @@ class NumpyRecipe:
       h = self._norm(x, prefix + "input_layernorm.weight")
       q, k, v = (self._linear(h, f"{prefix}self_attn.{name}_proj.weight").reshape(len(x), -1, c.head_dim) for name in "qkv")
       q, k = (r(numpy_llama.rope(c, x)).astype(np.float32) for x in (q, k))
-      out = self._attention(q, *(np.repeat(self._kv(y), c.group_size, axis=1) for y in (k, v)))
+      pages = self._kv(k, prefix + "self_attn.k_scale[K]"), self._kv(v, prefix + "self_attn.v_scale[K]")
+      out = self._attention(q, *(np.repeat(y, c.group_size, axis=1) for y in pages))
       x = r(x + self._linear(r(out.reshape(len(x), -1)), prefix + "self_attn.o_proj.weight"))
       h = self._norm(x, prefix + "post_attention_layernorm.weight")
       gate, up = (self._linear(h, f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up"))
@@ -60,12 +61,16 @@ class NumpyRecipe:
   def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
     if self.recipe.activations == "fp8":
       x = fake_quantize(x, 1)
+    if self.recipe.activations == "fp8_static":
+      x = _through_float8(x, self.scales[name.replace(".weight", ".input_scale[]")])
     return self._stream(x @ self.weights[name].T)
 
-  def _kv(self, x: np.ndarray) -> np.ndarray:
-    """One scale a token and head."""
+  def _kv(self, x: np.ndarray, key: str) -> np.ndarray:
+    """One scale a token and head, or one a head."""
     if self.recipe.kv == "fp8":
       return fake_quantize(x, -1)
+    if self.recipe.kv == "fp8_static":
+      return _through_float8(x, self.scales[key][None, :, None])
     return bf16(x) if self.recipe.kv == "bf16" else x
 
   def _attention(self, q, k, v) -> np.ndarray:
@@ -125,7 +130,9 @@ class Comparison:
 
     self.source = readers.open_source(readers.default_model())
     text, _ = evaluate.read_text(None)
-    self.chunks = quality.cut_chunks(Tokenizer(self.source.tokenizer).encode(text), num_tokens, context)
+    tokens = Tokenizer(self.source.tokenizer).encode(text)
+    self.chunks = quality.cut_chunks(tokens, num_tokens, context)
+    self.training = quality.cut_training_chunks(tokens, 512, 256, self.chunks)
     self.ours = quality.Reference(convert.load_source(self.source, F32), self.chunks)
     self.weights = {name: self.source.read(name).astype(np.float32) for name in self.source.names()}
     plain = NumpyRecipe(self.source.config, self.weights, F32)
@@ -133,22 +140,25 @@ class Comparison:
 
   def divergences(self, name: str) -> tuple[float, float]:
     """Mean KL divergence of a recipe in nats: (jaxfp8's, numpy's)."""
-    from jaxfp8 import convert
+    from jaxfp8 import calibration, convert
     from tools import evaluate
 
-    recipe = evaluate.parse_recipe(name)
-    ours = self.ours.score(convert.load_source(self.source, recipe)).kl
-    model = NumpyRecipe(self.source.config, self.weights, recipe)
+    recipe, scales = evaluate.parse_recipe(name), None
+    if "static" in name:
+      found = calibration.Calibrator(self.source, recipe, self.training).layers()
+      scales = {key: array for _, group in found for key, array in group.items() if "_scale[" in key}
+    ours = self.ours.score(convert.load_source(self.source, recipe, scales=scales)).kl
+    model = NumpyRecipe(self.source.config, self.weights, recipe, scales)
     theirs = [divergence(p, model.logits(row[:-1])) for p, row in zip(self.numpys, self.chunks, strict=True)]
     return float(ours.mean()), float(np.mean(theirs))
 
 
 if __name__ == "__main__":
   sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-  from tools.evaluate import DEFAULT_RECIPES
+  from tools.evaluate import DEFAULT_RECIPES, rounding_of
 
   positions = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
   comparison = Comparison(positions, 256)
-  for recipe_name in sys.argv[2:] or DEFAULT_RECIPES:
+  for recipe_name in sys.argv[2:] or [name for name in DEFAULT_RECIPES if rounding_of(name) == "nearest"]:
     jaxfp8s, numpys = comparison.divergences(recipe_name)
     print(f"{recipe_name:24} jaxfp8 {jaxfp8s:.5f}  numpy {numpys:.5f}  ratio {jaxfp8s / numpys:.3f}", flush=True)

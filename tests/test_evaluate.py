@@ -125,7 +125,7 @@ def real():
   return numpy_recipes.Comparison(256, 128)
 
 
-@pytest.mark.parametrize("name", ["fp8-channel:fp8:fp8", "fp8-block128:bf16:bf16"])
+@pytest.mark.parametrize("name", ["fp8-channel:fp8:fp8", "fp8-block128:bf16:bf16", "fp8-channel:fp8_static:fp8_static"])
 def test_real_model_is_as_good_as_numpys_fake_quantization(name, real):
   """The other recipes: python tests/numpy_recipes.py."""
   ours, theirs = real.divergences(name)
@@ -192,8 +192,10 @@ class TestCommand:
   @pytest.mark.parametrize(
     ("args", "why"),
     [
-      (["--recipes=fp8:bf16"], "weights[-granularity]:activations:kv"),
+      (["--recipes=fp8:bf16"], "weights[-granularity[-rounding]]:activations:kv"),
       (["--recipes=bf16-channel:bf16:bf16"], "granularity for fp8 alone"),
+      (["--recipes=fp8-channel-best:bf16:bf16"], "a rounding of nearest, mse, gptq"),
+      (["--keep_bf16=auto:0"], "needs N from 1 to 12"),
       (["--recipes=fp4:bf16:bf16"], "weights must be one of"),
       (["--recipes=bf16:fp8:bf16"], "fp8 activations need fp8 weights"),
       (["--text=/none/such.txt"], "cannot read --text=/none/such.txt"),

@@ -15,8 +15,10 @@ FLOORS = {
   "vocabulary": "errors* units* text* cluster* config* mesh* devices* dims hosts fp8",
   "records": "pages* roofline* batch cache",
   "mathematics": "sampling layers model",
-  "programs": """layout filling checkpoint_folder checkpoint readers.source* readers.dialects* readers.gguf_tokenizer*
-    readers.gguf_file* readers.huggingface* readers* convert program_cache steps synthetic quality deviceless hlo* traffic*""",
+  "programs": """layout filling widening static_scales checkpoint_folder checkpoint_writer checkpoint readers.source*
+    readers.safetensors_file* readers.dialects* readers.gguf_tokenizer* readers.gguf_file* readers.huggingface* readers*
+    checkpoint_source source_arrays convert export rounding magnitudes* calibration program_cache steps synthetic quality
+    quality_gate deviceless hlo* traffic*""",
   "host": """budget* compiled_budget* step_budget published* advice* verdict* planner* chat_child* chat_template* tokenizer
     scheduler* output memory engine progress* weights_cache startup following report plots* quality_plots* plan_report*
     plan_plots*""",

@@ -12,10 +12,10 @@ import tiny_models
 
 from jaxfp8 import layout
 from jaxfp8.cache import KVCache
-from jaxfp8.checkpoint import fill
 from jaxfp8.config import Recipe
 from jaxfp8.convert import SourceArrays
 from jaxfp8.errors import InputError
+from jaxfp8.filling import fill, whole_arrays
 from jaxfp8.layers import LayerFormat
 from jaxfp8.model import Llama
 
@@ -128,7 +128,7 @@ class TestSegments:
             arrays |= reader.read(keys)
         arrays |= reader.read(tuple(key for key in group if "layernorm" in key))
       arrays |= reader.read((layout.EMBEDDING, layout.HEAD, layout.FINAL_NORM)) if dtype == "f32" else {}
-    fill(model, lambda keys: {key: arrays[key] for key in keys}, None)
+    fill(model, whole_arrays(lambda keys: {key: arrays[key] for key in keys}), None)
     logits, _ = tiny_llamas.run_pieces(model, tokens, [40, 30], pad_to=40)
 
     rounded = dict(weights)

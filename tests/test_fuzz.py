@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import dialect_files
 import fuzz_worker
 import gguf
 import gguf_files
@@ -30,7 +31,7 @@ from jaxfp8.steps import Limits
 
 CASE = "gqa_9_3_untied"
 RECIPES = {"f32": tiny_llamas.F32, "fp8": Recipe("fp8", "channel", "fp8", "fp8")}
-NUM_CASES = {"safetensors": 500, "index": 300, "config": 400, "tokenizer": 400, "gguf": 400}
+NUM_CASES = {"safetensors": 350, "index": 250, "config": 300, "tokenizer": 300, "gguf": 350, "float8": 450}
 
 params = st.builds(
   SamplingParams,
@@ -98,6 +99,18 @@ def scratch(tmp_path_factory):
   folder = tiny_models.write_hf_folder(scratch / "folder", config, weights, shards=2)
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
   (scratch / "outside.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+  float8, _, _ = dialect_files.write(
+    scratch / "float8",
+    config,
+    shape=lambda shape, scale: scale.reshape(-1, 1),
+    scheme=dialect_files.compressed_tensors("channel", {"dynamic": False, "strategy": "tensor"}),
+    quant_file={"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+    extra=lambda names: {
+      **{name.replace("weight_scale", "input_scale"): np.float32([0.5]) for name in names if "weight_scale" in name},
+      **{f"model.layers.{layer}.self_attn.{which}_scale": np.float32([0.5]) for layer in range(2) for which in "kv"},
+    },
+  )
+  assert readers.open_source(float8).static_scales()
   (scratch / "gguf").mkdir()
   config = dataclasses.replace(config, vocab_size=260)
   tokens = ["<unk>", "<s>", "</s>", *byte_symbols(), "He"]

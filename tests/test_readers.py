@@ -163,13 +163,8 @@ BAD_FOLDERS = {
   ),
   "int8": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(np.int8)}), f"{Q}.*got I8"),
   "float64": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(np.float64)}), f"{Q}.*got F64"),
-  "float8": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(ml_dtypes.float8_e4m3fn)}), f"{Q} in F8_E4M3"),
-  "quantization_config": (
-    1,
-    lambda f: _edit_json(f / "config.json", quantization_config={"quant_method": "fbgemm_fp8"}),
-    "fbgemm_fp8",
-  ),
-  "modelopt": (1, lambda f: (f / "hf_quant_config.json").write_text("{}"), "has hf_quant_config.json"),
+  "float8": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(ml_dtypes.float8_e4m3fn)}), f"{Q} .*needs one scale"),
+  "quantization_config": (1, lambda f: _edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}), "'gptq'"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from commands import CHAIN
 
-from jaxfp8 import cli, convert, readers, weights_cache
+from jaxfp8 import cli, convert, readers, source_arrays, weights_cache
 from jaxfp8.checkpoint_folder import WRITING
 from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
@@ -61,7 +61,7 @@ def _forbid_conversion(monkeypatch):
     raise AssertionError("the source is read")
 
   monkeypatch.setattr(readers, "open_source", fail)
-  monkeypatch.setattr(convert, "_quantize", fail)
+  monkeypatch.setattr(source_arrays, "_quantize", fail)
 
 
 # --- which conversion belongs to which source ---

@@ -4,10 +4,11 @@
     python -m tools.evaluate --recipes=fp8-channel:fp8:fp8 --tokens=8192 --gate
     python -m tools.evaluate --layers --plot=layers.png
 
-A recipe is weights[-granularity]:activations:kv, such as fp8-block128:bf16:fp8. Each figure has a 95 % confidence interval
-from resampling whole chunks of the text (bootstrap). The text is CPython's own pydoc_data.topics, or --text.
---layers quantizes one layer at a time, all else in float32, and gives each layer's cost. --gate exits with code 1 above limits.
-The last line is one JSON object.
+A recipe is weights[-granularity[-rounding]]:activations:kv, such as fp8-channel-gptq:fp8_static:fp8. Each figure has a 95 %
+confidence interval from resampling whole chunks of the text (bootstrap). The text is CPython's own pydoc_data.topics, or
+--text. Static scales and roundings are calibrated on other parts of it than those that are predicted. --layers and --matrices
+quantize one layer or matrix at a time, all else in float32, and give its cost; --keep_bf16=auto:N keeps the N costliest
+matrices of every fp8 recipe in bf16. --gate exits with code 1 above limits. The last line is one JSON object.
 """
 
 import dataclasses
@@ -17,14 +18,13 @@ import pathlib
 import sys
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from jaxfp8 import cli
-from jaxfp8.config import Recipe
+from jaxfp8.config import GRANULARITIES, STATIC, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.plots import check_plot_path
 from jaxfp8.quality_plots import plot_layers
+from tools.evaluate_tables import layers_title, markdown, print_tables
 
 FLAGS = flags.FlagValues()
 DEFAULT_RECIPES = (
@@ -37,11 +37,19 @@ DEFAULT_RECIPES = (
   "fp8-channel:fp8:bf16",
   "fp8-channel:fp8:fp8",
   "fp8-block128:fp8:fp8",
+  "fp8-channel:bf16:fp8_static",
+  "fp8-channel:fp8_static:bf16",
+  "fp8-channel:fp8_static:fp8_static",
+  "fp8-channel-mse:bf16:bf16",
+  "fp8-channel-gptq:bf16:bf16",
+  "fp8-channel-gptq:fp8:fp8",
+  "fp8-channel-gptq:fp8_static:fp8_static",
 )
+ROUNDINGS = ("nearest", "mse", "gptq")  # as in jaxfp8.rounding, which imports jax
 REFERENCES = ("f32", "bf16")
 TOPICS_PYTHON = "3.12.1"
 TOPICS_SHA256 = "a783e3b11f1e1fb3f70beed4f70fd49df4e94fad6677a2850094360e352928cd"
-PIPE_WIDTH = 128
+CALIBRATION_CONTEXT = 256
 LAYER_CONTEXT = 128  # short chunks, so that few positions still give intervals
 
 
@@ -56,7 +64,13 @@ _define(flags.DEFINE_string, "text", None, "UTF-8 text to predict; the default i
 _define(flags.DEFINE_integer, "tokens", 4096, "Positions to predict, in chunks spread evenly over the text.")
 _define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
 _define(flags.DEFINE_bool, "layers", False, "Also what quantizing each single layer costs (its weights, all else f32).")
-_define(flags.DEFINE_enum, "layer_granularity", "channel", ("tensor", "channel", "block128"), "Scales of --layers.")
+_define(flags.DEFINE_bool, "matrices", False, "Also what quantizing each single matrix costs.")
+_define(
+  flags.DEFINE_multi_string, "keep_bf16", [], "Matrices of fp8 recipes that stay bf16: an expression or auto:N; repeatable."
+)
+_define(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens that static scales and roundings are chosen on.")
+_define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen static scales represent.")
+_define(flags.DEFINE_enum, "layer_granularity", "channel", GRANULARITIES, "Scales of --layers and --matrices.")
 _define(flags.DEFINE_integer, "layer_tokens", 1024, "Positions to predict for --layers, in chunks of at most 128.")
 _define(flags.DEFINE_string, "plot", None, "Draw the layers' cost into this png, svg or pdf; implies --layers.")
 _define(flags.DEFINE_bool, "gate", False, "Exit with code 1 if a recipe is above a limit.")
@@ -77,14 +91,17 @@ def main(argv: list[str]) -> int:
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
   cli.keep_compiled_programs(FLAGS.cache_dir)
+  from jaxfp8.quality_gate import Limits
+
   result = _evaluate(recipes)
   if FLAGS.plot:
-    plot_layers(result["layers"], _layers_title(result), FLAGS.plot)
-  failures = _failures(result["recipes"])
+    plot_layers(result["layers"], layers_title(result), FLAGS.plot)
+  limits = Limits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
+  failures = [failure for line in result["recipes"] for failure in limits.failures(f"evaluate: {line['recipe']}", line)]
   if FLAGS.markdown:
-    print(_markdown(result), end="\n\n")
+    print(markdown(result), end="\n\n")
   elif not FLAGS.json:
-    _print_tables(result)
+    print_tables(result)
   print(json.dumps({**result, "failures": failures}))
   if FLAGS.gate:
     for failure in failures:
@@ -93,15 +110,21 @@ def main(argv: list[str]) -> int:
 
 
 def parse_recipe(text: str) -> Recipe:
-  """`weights[-granularity]:activations:kv` as a Recipe. Raises InputError for anything else."""
+  """`weights[-granularity[-rounding]]:activations:kv` as a Recipe. Raises InputError for anything else."""
   parts = text.strip().split(":")
-  weights, _, granularity = parts[0].partition("-")
-  if len(parts) != 3 or (granularity and weights != "fp8"):
+  weights, *rest = parts[0].split("-")
+  if len(parts) != 3 or len(rest) > 2 or (rest and weights != "fp8") or rounding_of(text) not in ROUNDINGS:
     raise InputError(
-      f"evaluate: a recipe is weights[-granularity]:activations:kv, with a granularity for fp8 alone; got {text!r}. "
-      "Pass for example --recipes=fp8-channel:bf16:fp8,bf16:bf16:bf16."
+      f"evaluate: a recipe is weights[-granularity[-rounding]]:activations:kv, with a granularity for fp8 alone and a rounding "
+      f"of {', '.join(ROUNDINGS)}; got {text!r}. Pass for example --recipes=fp8-channel:bf16:fp8,bf16:bf16:bf16."
     )
-  return Recipe(weights, granularity or "channel", parts[1], parts[2])
+  return Recipe(weights, rest[0] if rest else "channel", parts[1], parts[2])
+
+
+def rounding_of(text: str) -> str:
+  """How the weights of a recipe are rounded."""
+  names = text.strip().split(":")[0].split("-")
+  return names[2] if len(names) > 2 else "nearest"
 
 
 def read_text(path: str | None) -> tuple[str, str]:
@@ -129,20 +152,17 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
   """Everything that is printed, as plain values."""
   import jax
 
-  from jaxfp8 import convert, quality, readers
+  from jaxfp8 import convert, quality, quality_gate, readers
   from jaxfp8.progress import Progress
-  from jaxfp8.tokenizer import Tokenizer
 
   path = pathlib.Path(FLAGS.checkpoint) if FLAGS.checkpoint else readers.default_model()
   if convert.is_checkpoint(path):
     raise InputError(f"evaluate: {path} is converted already; what it costs is measured against its source. Pass the source.")
   text, text_name = read_text(FLAGS.text)
   source = readers.open_source(path)
-  tokenizer = Tokenizer(source.tokenizer)
-  tokens, bos = tokenizer.encode(text), None
-  if tokens[: len(tokenizer.encode(""))] == [tokenizer.bos_id]:
-    tokens, bos = tokens[1:], tokenizer.bos_id
+  tokens, bos = encode(source, text)
   chunks = quality.cut_chunks(tokens, FLAGS.tokens, FLAGS.context, bos)
+  training = quality.cut_training_chunks(tokens, FLAGS.calibration_tokens, CALIBRATION_CONTEXT, chunks, bos)
   result = {
     "model": source.config.name,
     "device": jax.devices()[0].device_kind,
@@ -151,6 +171,9 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
     "tokens": int(chunks.shape[0] * FLAGS.context),
     "context": FLAGS.context,
     "chunks": int(chunks.shape[0]),
+    "calibration_tokens": int(training.size),
+    "scales": FLAGS.scales,
+    "layer_granularity": FLAGS.layer_granularity,
     "reference": FLAGS.reference,
     "interval": f"{quality.CONFIDENCE:.0%} percentile bootstrap over chunks, {quality.RESAMPLES} resamples",
   }
@@ -160,23 +183,63 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
       base = convert.load_source(source, plain, implementation=FLAGS.implementation)
       reference = quality.Reference(base, chunks)
     result["reference_perplexity"] = _plain(quality.bootstrap(reference.nll, quality.EXP))
-    result["recipes"] = [_score(source, reference, name, recipe, progress) for name, recipe in recipes.items()]
+    short = quality.cut_chunks(tokens, FLAGS.layer_tokens, min(FLAGS.context, LAYER_CONTEXT), bos)
+    if FLAGS.matrices or any(wish.startswith("auto:") for wish in FLAGS.keep_bf16):
+      with progress.task("Matrices one at a time") as report:
+        result["matrices"] = quality_gate.matrix_costs(source, FLAGS.layer_granularity, short, report)
+    keep = _kept(source, result.get("matrices", ()))
+    models = _Models(source, training, keep)
+    for name, recipe in recipes.items():
+      with progress.task(f"Recipe {name}"):
+        found = quality.Quality.of(reference.score(models.load(recipe, rounding_of(name))), reference.nll)
+      result.setdefault("recipes", []).append({"recipe": name, **_plain(found)})
+    result["keep_bf16"] = keep
     if FLAGS.layers or FLAGS.plot:
-      reference = None
-      result |= _score_layers(
-        source, quality.cut_chunks(tokens, FLAGS.layer_tokens, min(FLAGS.context, LAYER_CONTEXT), bos), progress
-      )
+      reference = models = None
+      result |= _score_layers(source, short, progress)
   return result
 
 
-def _score(source, reference, name: str, recipe: Recipe, progress) -> dict:
-  """One recipe's line."""
-  from jaxfp8 import convert, quality
+def encode(source, text: str) -> tuple[list[int], int | None]:
+  """(tokens without bos, the bos that each chunk starts with or None)."""
+  from jaxfp8.tokenizer import Tokenizer
 
-  with progress.task(f"Recipe {name}"):
-    model = convert.load_source(source, recipe, implementation=FLAGS.implementation)
-    found = quality.Quality.of(reference.score(model), reference.nll)
-  return {"recipe": name, **_plain(found)}
+  tokenizer = Tokenizer(source.tokenizer)
+  tokens = tokenizer.encode(text)
+  if tokens[: len(tokenizer.encode(""))] == [tokenizer.bos_id]:
+    return tokens[1:], tokenizer.bos_id
+  return tokens, None
+
+
+def _kept(source, costs) -> list[str]:
+  """--keep_bf16 with auto:N made explicit."""
+  from jaxfp8 import quality_gate
+
+  wishes = [(wish, quality_gate.parse_auto(source, wish)) for wish in FLAGS.keep_bf16]
+  return [e for wish, count in wishes for e in ([wish] if count is None else quality_gate.costliest(costs, count))]
+
+
+class _Models:
+  """Loads recipes; one calibration serves all recipes in a row that have its weights."""
+
+  def __init__(self, source, training, keep: list[str]):
+    self.source, self.training, self.keep = source, training, keep
+    self._last = None
+
+  def load(self, recipe: Recipe, rounding: str):
+    from jaxfp8 import calibration, convert
+
+    keep = self.keep if recipe.weights == "fp8" else []
+    if rounding == "nearest" and STATIC not in recipe.activations + recipe.kv:
+      return convert.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
+    wanted = recipe.weights, recipe.granularity, rounding
+    if self._last is None or self._last[0] != wanted:
+      calibrator = calibration.Calibrator(self.source, recipe, self.training, rounding, FLAGS.scales, keep)
+      found = {key: array for _, group in calibrator.layers() for key, array in group.items()}
+      self._last = wanted, calibrator, found
+    _, calibrator, found = self._last
+    model = calibration.abstract_calibrated(calibrator, recipe, FLAGS.implementation)
+    return calibration.load_calibrated(model, calibrator, found)
 
 
 def _score_layers(source, chunks, progress) -> dict:
@@ -198,77 +261,6 @@ def _score_layers(source, chunks, progress) -> dict:
 
 def _plain(record) -> dict:
   return dataclasses.asdict(record)
-
-
-def _failures(lines: list[dict]) -> list[str]:
-  """One sentence for each figure beyond its limit; the estimates themselves count, not their intervals."""
-  limits = (
-    ("kl", "KL divergence", FLAGS.max_kl, 1),
-    ("perplexity_ratio", "perplexity ratio", FLAGS.max_perplexity_ratio, 1),
-    ("top1", "top-1 agreement", FLAGS.min_top1, -1),
-  )
-  return [
-    f"evaluate: {line['recipe']}: {title} must be at {'most' if sign > 0 else 'least'} {limit:g}; got {line[key]['value']:.4g}."
-    for line in lines
-    for key, title, limit, sign in limits
-    if limit is not None and not sign * line[key]["value"] <= sign * limit
-  ]
-
-
-def _conditions(result: dict) -> str:
-  return (
-    f"{result['model']} on {result['device']}, jax {result['jax']}; {result['tokens']:,} positions of {result['text']} in "
-    f"{result['chunks']} chunks of {result['context']}; reference: source weights in {result['reference']}, perplexity "
-    f"{_with_interval(result['reference_perplexity'], '.2f')}; {result['interval']}."
-  )
-
-
-def _layers_title(result: dict) -> str:
-  return (
-    f"{result['model']}: one layer's weights in FP8 ({FLAGS.layer_granularity} scales), all else f32; "
-    f"{result['layer_tokens']:,} positions"
-  )
-
-
-HEADERS = ("recipe", "perplexity", "over reference", "KL, nats", "top-1 agreement, %")
-
-
-def _cells(line: dict) -> tuple[str, ...]:
-  top1 = {key: 100 * value for key, value in line["top1"].items()}
-  return (
-    str(line.get("recipe", line.get("layer"))),
-    _with_interval(line["perplexity"], ".2f"),
-    _with_interval(line["perplexity_ratio"], ".4f"),
-    _with_interval(line["kl"], ".5f" if "layer" in line else ".4f"),
-    _with_interval(top1, ".1f"),
-  )
-
-
-def _with_interval(estimate: dict, form: str) -> str:
-  return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
-
-
-def _markdown(result: dict) -> str:
-  rows = [HEADERS, ("-",) * len(HEADERS), *map(_cells, result["recipes"])]
-  return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", _conditions(result)])
-
-
-def _print_tables(result: dict) -> None:
-  console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-  _print_table(console, HEADERS, result["recipes"])
-  if "layers" in result:
-    console.print(f"\n{_layers_title(result)}:", highlight=False)
-    _print_table(console, ("layer", *HEADERS[1:]), [*result["layers"], {"layer": "all", **result["all_layers"]}])
-  console.print("\n" + _conditions(result) + "\n", highlight=False)
-
-
-def _print_table(console: Console, headers: tuple[str, ...], lines: list[dict]) -> None:
-  table = Table(box=None, pad_edge=False)
-  for place, header in enumerate(headers):
-    table.add_column(header, justify="right" if place else "left", no_wrap=True)
-  for line in lines:
-    table.add_row(*_cells(line))
-  console.print(table)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
 def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
   """A checkpoint of random float8 bytes. `sizes` replace an 8B Llama's."""
   from jaxfp8 import layout
-  from jaxfp8.checkpoint_folder import CheckpointWriter, Manifest
+  from jaxfp8.checkpoint_folder import Manifest
+  from jaxfp8.checkpoint_writer import CheckpointWriter
   from jaxfp8.layers import LayerFormat
 
   sizes = {"vocab_size": 16384, "eos_ids": (2,), "bos_id": 1} | sizes

@@ -6,6 +6,8 @@
 Format: ggml's docs/gguf.md. The file is memory-mapped; a tensor is dequantized when it is asked for.
 """
 
+import contextlib
+import mmap
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -70,6 +72,9 @@ class GgufSource(Source):
     return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
+    # Pages of tensors read before would stay resident until the whole file is in memory; who still looks at them reads again.
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+      self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
     tensor = self._tensors[name]
     if tensor.tensor_type in _NATIVE:
       array = tensor.data.view(self.dtype(name))

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from jaxfp8.config import ROPE_TYPES, LlamaConfig, RopeConfig, refuse_model
 from jaxfp8.errors import InputError
 from jaxfp8.readers import dialects
-from jaxfp8.readers.source import Source, check_finite, check_tensors, expected_tensors, read_text
+from jaxfp8.readers.safetensors_file import Header, read_headers, read_tensor
+from jaxfp8.readers.source import FLOAT8, Source, check_finite, check_tensors, expand_scale, expected_tensors, read_text
 from jaxfp8.text import TokenizerFiles
 
 _INDEX = "model.safetensors.index.json"
@@ -33,45 +33,70 @@ class HuggingFaceSource(Source):
   def __init__(self, folder: pathlib.Path):
     self.path = folder
     self.config = read_folder_config(folder)
-    self._file_of, self._shapes, self._dtypes = {}, {}, {}
-    self._shards = {path: _open_shard(path) for path in _shard_paths(folder)}
-    for path, shard in self._shards.items():
-      self._add_headers(path, shard)
-    _check_index(folder, self._file_of)
-    dialects.refuse_quantized(folder, read_json(folder / "config.json"), self._dtypes)
-    check_tensors(folder, self.config, self._shapes, self._dtypes)
+    self._headers: dict[str, Header] = {}
+    for path in _shard_paths(folder):
+      self._add_headers(path)
+    _check_index(folder, self._headers)
+    quant_file = folder / "hf_quant_config.json"
+    self._all = dict(self._headers)
+    self._scheme = dialects.recognize(
+      folder, read_json(folder / "config.json"), read_json(quant_file) if quant_file.exists() else None, self._headers
+    )
+    self.dialect, self.notes = self._scheme.dialect, self._scheme.notes
+    shapes = {name: header.shape for name, header in self._headers.items()}
+    quantized = {f"{module}.weight" for module in self._scheme.weights}
+    check_tensors(folder, self.config, shapes, {name: h.dtype for name, h in self._headers.items()}, quantized)
 
-  def _add_headers(self, path: pathlib.Path, shard) -> None:
-    for name in shard.keys():  # noqa: SIM118 - a safetensors file is not a dict
+  def _add_headers(self, path: pathlib.Path) -> None:
+    for name, header in read_headers(path).items():
       if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports saved; it follows from the config
         continue
-      if name in self._file_of:
+      if name in self._headers:
         raise InputError(
-          f"readers: a tensor may stand in one shard only; {name} is in {self._file_of[name].name} and {path.name}. "
+          f"readers: a tensor may stand in one shard only; {name} is in {self._headers[name].path.name} and {path.name}. "
           f"Remove the shards that do not belong to {self.path}."
         )
-      header = shard.get_slice(name)
-      self._file_of[name] = path
-      self._shapes[name] = tuple(header.get_shape())
-      self._dtypes[name] = dialects.numpy_dtype(header.get_dtype())
+      self._headers[name] = header
 
   def names(self) -> tuple[str, ...]:
     return tuple(expected_tensors(self.config))
 
   def dtype(self, name: str) -> np.dtype:
-    return self._dtypes[name]
+    return self._headers[name].dtype
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self._shapes[name]
+    return self._headers[name].shape
 
   def read(self, name: str) -> np.ndarray:
-    path = self._file_of[name]
-    try:
-      array = self._shards[path].get_tensor(name)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-      raise InputError(f"readers: cannot read {name} from {path}: {error}. Fetch the file again.") from error
-    check_finite(name, array, path)
+    array = read_tensor(name, self._headers[name])
+    check_finite(name, array, self._headers[name].path)
     return array
+
+  def granularity(self, name: str) -> str | None:
+    return self._scheme.weights.get(name.removesuffix(".weight"), (None, None))[1]
+
+  def read_scale(self, name: str) -> np.ndarray:
+    scale, granularity = self._scheme.weights[name.removesuffix(".weight")]
+    array = read_tensor(scale, self._all[scale]).astype(np.float32)
+    return expand_scale(scale, array, self.shape(name), granularity, self.path)
+
+  def static_scales(self) -> tuple[str, ...]:
+    return tuple(self._scheme.static)
+
+  def read_static(self, name: str) -> np.ndarray:
+    tensor = self._scheme.static[name]
+    header = self._all[tensor]
+    if not isinstance(header.dtype, np.dtype) or header.dtype == FLOAT8:
+      raise InputError(f"readers: scales must be F32, F16 or BF16; {tensor} in {self.path} is {header.dtype}.")
+    size = self.config.num_kv_heads if name.endswith(("k_scale", "v_scale")) else 1
+    array = read_tensor(tensor, header).astype(np.float32).reshape(-1)
+    if array.size not in (1, size) or not (np.isfinite(array) & (array > 0)).all():
+      count = "one positive number" if size == 1 else f"1 or {size} positive numbers"
+      raise InputError(
+        f"readers: {tensor} in {self.path} must hold {count}; "
+        f"got {array[:4].tolist()} of shape {list(header.shape)}. Fetch the checkpoint again."
+      )
+    return np.broadcast_to(array, (size,)).copy() if size > 1 or name.endswith(("k_scale", "v_scale")) else array.reshape(())
 
   @property
   def tokenizer(self) -> TokenizerFiles:
@@ -263,17 +288,9 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
   return mapping
 
 
-def _check_index(folder: pathlib.Path, file_of: Mapping[str, pathlib.Path]) -> None:
+def _check_index(folder: pathlib.Path, headers: Mapping[str, Header]) -> None:
   if not (folder / _INDEX).exists():
     return
   for name, shard in _weight_map(folder).items():
-    if name not in file_of and not name.endswith("rotary_emb.inv_freq"):
+    if name not in headers and not name.endswith("rotary_emb.inv_freq"):
       raise InputError(f"readers: {_INDEX} says that {name} is in {shard}, and it is not. Fetch {folder / shard} again.")
-
-
-def _open_shard(path: pathlib.Path):
-  """Raises InputError for what is not a whole safetensors file: the library compares header and size."""
-  try:
-    return safetensors.safe_open(path, framework="np")
-  except (safetensors.SafetensorError, OSError, ValueError) as error:
-    raise InputError(f"readers: {path} is not a whole safetensors file: {error}. Fetch it again.") from error

@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 import ml_dtypes
 import numpy as np
 
-from jaxfp8.config import LlamaConfig
+from jaxfp8.config import BLOCK, LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.text import TokenizerFiles
 
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 HEAD = "lm_head.weight"
 _CHUNK_BYTES = 64 << 20  # of weights looked at per pass for NaN and Inf, so that the temporaries stay small
@@ -30,6 +31,8 @@ class Source(abc.ABC):
 
   path: pathlib.Path
   config: LlamaConfig
+  dialect: str = "plain"  # whose float8 it holds, for people
+  notes: tuple[str, ...] = ()  # where config and tensors disagree
 
   @abc.abstractmethod
   def names(self) -> tuple[str, ...]:
@@ -37,7 +40,7 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def dtype(self, name: str) -> np.dtype:
-    """What `read` will return: float32, float16 or bfloat16."""
+    """What `read` will return: float32, float16, bfloat16, or float8_e4m3fn for a weight that has a scale."""
 
   @abc.abstractmethod
   def shape(self, name: str) -> tuple[int, ...]: ...
@@ -45,6 +48,22 @@ class Source(abc.ABC):
   @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
     """One tensor, perhaps a read-only view of the file. Raises InputError, naming the tensor, on NaN and Inf."""
+
+  def granularity(self, name: str) -> str | None:
+    """What one scale of a float8 weight covers: "tensor", "channel" or "block128"; None for a plain weight."""
+    return None
+
+  def read_scale(self, name: str) -> np.ndarray:
+    """The scale of a float8 weight [out, in], float32: [out] (also for "tensor") or [ceil(out / 128), ceil(in / 128)]."""
+    raise KeyError(name)
+
+  def static_scales(self) -> tuple[str, ...]:
+    """Names of the static scales that are there: MODULE.input_scale, and k_scale and v_scale behind `self_attn.`."""
+    return ()
+
+  def read_static(self, name: str) -> np.ndarray:
+    """float32: [] for an input, [K] for keys and values. Raises InputError unless it is positive and finite."""
+    raise KeyError(name)
 
   @property
   @abc.abstractmethod
@@ -81,11 +100,16 @@ def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-  path: pathlib.Path, config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype | str]
+  path: pathlib.Path,
+  config: LlamaConfig,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtypes: Mapping[str, np.dtype | str],
+  quantized: Collection[str] = (),
 ) -> None:
   """Raises InputError unless `shapes` are exactly the tensors of `config`, in dtypes that jaxfp8 reads.
 
   A head beside tied embeddings is allowed and not used. `dtypes` holds the file's own name where it is not one of `DTYPES`.
+  `quantized`: weights that may be float8.
   """
   if config.num_layers > len(shapes):  # said here, since a damaged config may ask for a billion
     raise InputError(
@@ -113,7 +137,7 @@ def check_tensors(
         f"readers: {name} in {path} must have shape {list(shape)} by the config; got {list(shapes[name])}. "
         "Use the config that belongs to these weights."
       )
-    if dtypes[name] not in DTYPES:
+    if dtypes[name] not in DTYPES and name not in quantized:
       raise InputError(
         f"readers: {name} in {path} must be float32, float16 or bfloat16; got {dtypes[name]}. Convert it to bfloat16 first."
       )
@@ -132,8 +156,24 @@ def check_finite(name: str, array: np.ndarray, path: pathlib.Path) -> None:
       )
 
 
+def expand_scale(name: str, scale: np.ndarray, shape: tuple[int, ...], granularity: str, path: pathlib.Path) -> np.ndarray:
+  """A scale as `Source.read_scale` promises it. Raises InputError unless it is finite and not negative."""
+  if not (np.isfinite(scale) & (scale >= 0)).all():
+    raise InputError(
+      f"readers: scales must be finite and not negative; {name} in {path} holds "
+      f"{scale[~(np.isfinite(scale) & (scale >= 0))].flat[0]}. Fetch the checkpoint again."
+    )
+  if granularity == "tensor":
+    return np.full(shape[:1], scale.reshape(()), np.float32)
+  if granularity == "channel":
+    return scale.reshape(-1)
+  return scale.reshape(-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+
+
 def _not_finite(array: np.ndarray) -> np.ndarray:
-  """NaN and Inf have an exponent of ones; on the bits, since ml_dtypes has no fast isfinite."""
+  """NaN and Inf have an exponent of ones; on the bits, since ml_dtypes has no fast isfinite. float8_e4m3fn has no Inf."""
+  if array.dtype == FLOAT8:
+    return (array.view(np.uint8) & 0x7F) == 0x7F
   if array.dtype == np.float32:
     return ~np.isfinite(array)
   mask = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
@@ -147,6 +187,9 @@ def some_of(names: Collection[str]) -> str:
 
 
 def read_text(path: pathlib.Path) -> str:
+  """Links are followed, since download caches are made of them, but only to files: a device has no end."""
+  if path.exists() and not path.is_file():
+    raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
