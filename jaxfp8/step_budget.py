@@ -157,7 +157,7 @@ def _traffic(text: str, calls: list[costs.Call], steps: CompiledSteps) -> dict[s
     "other_collectives_per_layer": sum(layer.collectives.values()) - reduces,
     "collectives_in_layer": {str(collective): number for collective, number in layer.collectives.items()},
     "collectives_elsewhere": {str(collective): number for collective, number in (tally.collectives - in_layers).items()},
-    "all_reduce_bytes": sum(x.bytes * number for x, number in tally.collectives.items()),
+    "all_reduce_bytes": sum(x.all_reduce_bytes * number for x, number in tally.collectives.items()),
     "num_collectives": sum(tally.collectives.values()),
   }
 

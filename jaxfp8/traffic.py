@@ -27,12 +27,21 @@ _MOVES = ("parameter", "bitcast", "constant", "dynamic-slice", "slice", "tuple")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
+  """shapes: what one device gives; result_bytes: what it gets."""
+
   kind: str
   shapes: tuple[Shape, ...]
+  result_bytes: int
 
   @property
-  def bytes(self) -> int:
+  def given_bytes(self) -> int:
     return sum(shape.bytes for shape in self.shapes)
+
+  @property
+  def all_reduce_bytes(self) -> int:
+    """The payload of an all-reduce that puts as much on the wire: a scatter or a gather of the same array is half of one."""
+    whole = max(self.given_bytes, self.result_bytes)
+    return whole if self.kind == "all-reduce" else whole // 2
 
   def __str__(self) -> str:
     return f"{self.kind} " + ", ".join(f"{shape.dtype}[{','.join(map(str, shape.sizes))}]" for shape in self.shapes)
@@ -115,8 +124,11 @@ class _Walker:
       total.add(self.walk(instruction.called("to_apply") or instruction.called(), dict(enumerate(given)))[0])
     elif kind in COLLECTIVES:
       shapes = tuple(shape for operand in operands for shape in operand.shapes)
-      total.collectives[Collective(kind, shapes)] += 1
-      total.xla_bytes += 2 * sum(shape.bytes for shape in shapes)
+      given_bytes = sum(shape.bytes for shape in shapes)
+      # The first half's result is a tuple of what goes in and what comes out.
+      collective = Collective(kind, shapes, instruction.bytes - (given_bytes if opcode.endswith("-start") else 0))
+      total.collectives[collective] += 1
+      total.xla_bytes += given_bytes + collective.result_bytes
     else:
       self._operation(total, instruction, kind, given, operands)
 

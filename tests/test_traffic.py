@@ -107,7 +107,7 @@ def test_launches_and_collectives():
   total = tally()
   ((trips, layer),) = total.loops
   assert (trips, layer.kernels, layer.operations, layer.launches) == (3, 1, 1, 2)  # the counter counts as nothing
-  reduce = traffic.Collective("all-reduce", (Shape("bf16", (8, 256)),))
+  reduce = traffic.Collective("all-reduce", (Shape("bf16", (8, 256)),), 8 * 256 * 2)
   assert layer.collectives == {reduce: 1} and total.collectives == {reduce: 3}
   assert str(reduce) == "all-reduce bf16[8,256]"
   assert total.kernels == 3
@@ -118,6 +118,24 @@ def test_a_copy_of_a_weight_is_seen():
   assert total.weight_written_bytes == 3 * 2 * MATRIX
   assert total.weight_read_bytes == 2 * 3 * MATRIX + STREAM
   assert total.loops[0][1].launches == 3
+
+
+def test_rows_of_the_embedding_are_no_copy_of_it():
+  rows = "%rows = bf16[{}]{{1,0}} gather"
+  text = PROGRAM.replace("EXTRA", "").replace(rows.format("8,512"), rows.format("256,512"))
+  total = traffic.tally(hlo.parse(text), (0, 2))
+  assert total.weight_read_bytes == 3 * MATRIX + 256 * 512 * 2
+  assert total.weight_written_bytes == 0
+
+
+def test_a_gather_is_half_an_all_reduce():
+  start = "((bf16[8,256]{1,0}), bf16[64,256]{1,0}) all-gather-start(%reduced), channel_id=2, dimensions={0}"
+  text = PROGRAM.replace("EXTRA", "").replace("%counter =", f"%gathering = {start}\n  %counter =")
+  gather = traffic.Collective("all-gather", (Shape("bf16", (8, 256)),), 64 * 256 * 2)
+  total = traffic.tally(hlo.parse(text), (0, 2))
+  assert total.collectives[gather] == 3
+  assert gather.all_reduce_bytes == 64 * 256
+  assert total.xla_bytes == tally().xla_bytes + 3 * (8 + 64) * 256 * 2
 
 
 def test_text_without_an_entry():
