@@ -9,6 +9,7 @@ The writer holds a lock on its journal while it lives, so a leftover without one
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import sys
 import threading
 import time
 import weakref
@@ -81,6 +83,8 @@ class CheckpointWriter:
     """Adds arrays under keys that are not there yet."""
     ocp = orbax()
     sums = {key: checksum(array) for key, array in arrays.items()}
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_without_stragglers, hook)
     try:
       with self._busy:
         before = set(self._groups())
@@ -92,6 +96,7 @@ class CheckpointWriter:
           _sync(self._partial)
           self._note({"group": group, "sums": sums})
         self.done |= sums
+      sys.unraisablehook = hook  # not where it failed: arrays may be under way for a while
     except Exception as error:  # Orbax passes on what tensorstore says of a full disk as a ValueError
       raise self._disk_error(error) from error
 
@@ -217,6 +222,13 @@ class CheckpointWriter:
 
   def _clean(self) -> None:
     _remove(self.folder.parent, self._temporary.name)
+
+
+def _without_stragglers(hook, unraisable) -> None:
+  """For a write that may fail: Orbax closes its loop at the first array that does, and what tensorstore still has under way
+  would be printed, array by array, when it reports there."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    hook(unraisable)
 
 
 def _remove(parent: pathlib.Path, name: str) -> None:

@@ -294,7 +294,7 @@ def test_full_disk(run, tmp_path, monkeypatch):
   def no_space(path):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("jaxfp8.checkpoint_folder._sync", no_space)
+  monkeypatch.setattr("jaxfp8.checkpoint_writer._sync", no_space)
   refused(run("--prompt", "x"), r"cannot write .*: No space left on device\. Nothing was left behind", tmp_path / "cache")
 
 
