@@ -268,23 +268,24 @@ class TestTools:
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 OTHER = "pack my box with five dozen liquor jugs, sphinx of black quartz; " * 20
-COSTLY = "model.layers.1.mlp.down_proj"
+COSTLY = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
 SHORT = ("--tokens=96", "--context=32")
 
 
-class TestQuality:
-  @pytest.fixture(scope="class")
-  def folder(self, tmp_path_factory):
-    """A model that float8 costs something in one matrix alone: all others are what float8 makes of them already."""
-    folder = tmp_path_factory.mktemp("quality")
-    weights = tiny_models.make_weights(CONFIG)
-    for name in [name for name in weights if "_proj" in name and name != COSTLY + ".weight"]:
-      weights[name] = numpy_llama.fake_quantize_weight(weights[name], "channel").astype(np.float32)
-    tiny_models.write_hf_folder(folder / "source", CONFIG, weights)
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "other.txt").write_text(OTHER)
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A model that float8 costs something in one merged matrix alone: all others are what float8 makes of them already."""
+  folder = tmp_path_factory.mktemp("quality")
+  weights = tiny_models.make_weights(CONFIG)
+  for name in [name for name in weights if "_proj" in name and name not in COSTLY]:
+    weights[name] = numpy_llama.fake_quantize_weight(weights[name], "channel").astype(np.float32)
+  tiny_models.write_hf_folder(folder / "source", CONFIG, weights)
+  (folder / "text.txt").write_text(TEXT)
+  (folder / "other.txt").write_text(OTHER)
+  return folder
 
+
+class TestQuality:
   @staticmethod
   def convert(folder, output, *args):
     return tool("convert_checkpoint", "--input", folder / "source", "--output", output, *args)
@@ -302,14 +303,16 @@ class TestQuality:
     stored = {name: ours.read(name).astype(np.float64) for name in ours.names()}
     stored |= {name: w * ours.read_scale(name)[:, None] for name, w in stored.items() if ours.granularity(name)}
     rows = self.held_out(folder)[:, :-1]
-    return np.mean([divergence(*(numpy_llama.forward(CONFIG, w, row, np.float64) for w in (plain, stored))) for row in rows])
+    return np.mean([divergence(*(numpy_llama.forward(CONFIG, w, row) for w in (plain, stored))) for row in rows])
 
   def test_what_the_gate_finds_is_stored_and_printed(self, folder, tmp_path):
     text = f"--text={folder / 'text.txt'}"
     ran = self.convert(folder, tmp_path / "out", "--gate", "--activations=none", text, *SHORT)
     assert ran.code == 0, ran.err
     found = json.loads(ran.out.splitlines()[-1])["quality"]
-    np.testing.assert_allclose(found["kl"]["value"], self.divergence(folder, tmp_path / "out"), rtol=0.1)
+    truth = self.divergence(folder, tmp_path / "out")
+    assert truth > 1e-3  # and the activations' bf16, which numpy's float64 has not, costs 2e-4
+    np.testing.assert_allclose(found["kl"]["value"], truth, rtol=0.1, atol=3e-4)
     assert found["limits"]["max_kl"] == 0.04 and found["positions"] == 96 and found["text"].startswith("text.txt (sha256 ")
     ran = tool("inspect_checkpoint", tmp_path / "out", "--verify")
     assert ran.code == 0 and json.loads(ran.out.splitlines()[-1])["quality"] == found
@@ -350,14 +353,14 @@ class TestQuality:
 
   def test_the_costliest_matrix_stays_beside_what_expressions_name(self, folder, tmp_path):
     text = f"--text={folder / 'text.txt'}"
-    limits = ("--gate", "--activations=none", "--max_kl=1e-4")
+    limits = ("--gate", "--activations=none", "--max_kl=1e-3")
     assert self.convert(folder, tmp_path / "all", *limits, text, *SHORT).code == 1
     keep = ("--keep_bf16=auto:1", r"--keep_bf16=layers\.2\.self_attn\.o_proj")
     ran = self.convert(folder, tmp_path / "out", *keep, *limits, text, *SHORT)
     assert ran.code == 0, ran.err
     ours = CheckpointSource(tmp_path / "out")
     plain = {name for name in ours.names() if "_proj" in name and not ours.granularity(name)}
-    assert plain == {f"{COSTLY}.weight", "model.layers.2.self_attn.o_proj.weight"}
+    assert plain == {*COSTLY, "model.layers.2.self_attn.o_proj.weight"}
     assert len(json.loads(ran.out.splitlines()[-1])["keep_bf16"]) == 2
 
   def test_scales_from_a_text(self, folder, tmp_path):
@@ -409,7 +412,7 @@ class TestQuality:
     assert ran.code == 1 and "tokenizer" in ran.err and len(_said(ran)) == 1
     dialect_files.write(tmp_path / "float8" / "source", CONFIG)
     ran = self.convert(tmp_path / "float8", tmp_path / "out", "--keep_bf16=auto:1", text, *SHORT)
-    assert ran.code == 1 and "weights that are not float8 yet" in ran.err and len(_said(ran)) == 1
+    assert ran.code == 1 and "weights that are not float8 yet" in ran.err and len(_said(ran)) == 2  # with the reader's note
     assert not (tmp_path / "out").exists()
 
 
