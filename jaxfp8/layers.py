@@ -149,7 +149,8 @@ class Attention(nnx.Module):
       *table,
       k_scale=pool.k_scale,
       v_scale=pool.v_scale,
-      quantize=self.o.quantizes and self.o.static_scale is None,
+      quantize=self.o.quantizes,
+      static_scale=self.o.static_scale,
       **where,
     )
     out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)

@@ -197,6 +197,7 @@ class Joined(Call):
   K: int
   G: int
   quantize: bool = True
+  static: float | None = None
 
   def arrays(self):
     rng = np.random.default_rng(self.S)
@@ -209,10 +210,12 @@ class Joined(Call):
     truth[:, -1] *= 1 if self.K == 1 else 3
     out[:, -1] *= 1 if self.K == 1 else 3  # the largest value is not the first head's
     truth = truth.reshape(2, -1)
-    return (out, sums), as_vector(truth), as_vector(rounded(truth, self.quantize, None))
+    static = None if self.static is None else np.float32(self.static)
+    return (out, sums, static), as_vector(truth), as_vector(rounded(truth, self.quantize, static))
 
   def call(self, kernels, arrays):
-    return kernels.combine(*arrays, self.G, quantize=self.quantize, dtype=jnp.bfloat16)
+    *parts, static = arrays
+    return kernels.combine(*parts, self.G, quantize=self.quantize, dtype=jnp.bfloat16, static_scale=static)
 
   def vector(self, result):
     return as_vector(activations(result))

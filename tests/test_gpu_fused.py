@@ -60,7 +60,7 @@ def test_plain(call, name):
   assert gpu_calls.relative(vector, call.truth()) < call.limit()
 
 
-JOINED = (Joined(5, 2, 4), Joined(1, 1, 3), Joined(40, 1, 2, quantize=False), Joined(300, 1, 16))
+JOINED = (Joined(5, 2, 4), Joined(1, 1, 3), Joined(40, 1, 2, quantize=False), Joined(300, 1, 16), Joined(5, 2, 4, static=0.03))
 
 
 @pytest.mark.parametrize("call", JOINED, ids=str)

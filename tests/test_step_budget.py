@@ -132,16 +132,12 @@ class TestEveryModel:
     for kind in {"decode", "prefill"} & set(records(name)):
       record = records(name)[kind]
       assert record["kernel_costs_per_step"] == record["kernels_per_step"] > 0
-      # XLA reads rows of the embedding, and where one GPU has a whole small model the scales of the sums that it finishes.
-      asked = question(name)
-      rows = record["tokens"] * asked.config.d_model * 2
-      scales = weight_bytes(asked.config, asked.recipe, asked.mesh).scales if asked.mesh.tensor == 1 else 0
-      assert rows <= record["weight_read_bytes"] - record["kernel_weight_bytes"] <= rows + scales
+      rows = record["tokens"] * question(name).config.d_model * 2  # of the embedding, which XLA reads
+      assert record["weight_read_bytes"] - record["kernel_weight_bytes"] == rows
 
   def test_a_layer_is_few_launches(self, name):
     record, alone = records(name)["decode"], question(name).mesh.tensor == 1
-    # On one GPU o and down of an 8B have just too few rows to fill it: they are cut into parts, and XLA adds those up.
-    assert record["launches_per_layer"] <= (13 if alone else 12)
+    assert record["launches_per_layer"] <= 12
     assert record["weight_written_bytes"] < 0.02e9
     assert record["temp_bytes"] <= (32e6 if alone else 20e6)  # the float32 logits of a whole vocabulary are 4.1 MB
     assert record["layer_in_one_command_buffer"]

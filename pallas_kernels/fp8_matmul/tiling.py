@@ -173,10 +173,10 @@ def form_of(x_TD, w_FD, w_scale) -> Form:
 
 
 def _choose_splits(row_tiles: int, steps: int, sms: int) -> int:
-  """Parts to cut D into. One where row tiles alone give every second SM a CTA: a ring of some 200 KB in each of them holds
-  many times the bytes that must be under way, and sums need no finishing. Otherwise as many as fill three CTAs a SM in few,
-  long, even waves; ties go to fewer parts."""
-  if row_tiles >= sms // 2:
+  """Parts to cut D into. One where row tiles alone give four of nine SMs a CTA: a ring of some 200 KB in each of them holds
+  many times the bytes that must be under way, an SM then draws some 33 bytes a cycle of the 64 that L2 gives it (H100), and
+  sums need no finishing. Otherwise as many as fill three CTAs a SM in few, long, even waves; ties go to fewer parts."""
+  if 9 * row_tiles >= 4 * sms:
     return 1
 
   def time(splits):

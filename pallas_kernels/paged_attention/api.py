@@ -23,6 +23,7 @@ def paged_attention(
   v_scale: jax.Array | None = None,
   first_page: jax.Array | int = 0,
   quantize: bool = False,
+  static_scale: jax.Array | None = None,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> jax.Array | Quantized:
@@ -40,7 +41,8 @@ def paged_attention(
     lengths_B: int32, tokens in each sequence's context, its queries included; 0 for an empty place, which gives zeros.
     k_scale, v_scale: float32 [P, K, C], one per token and head, with float8 pages only.
     first_page: added to every entry of the table: where a layer's pages begin in a pool of all layers.
-    quantize: the result goes into a float8 linear: an implementation that can round it on the way out returns
+    quantize, static_scale: the result goes into a float8 linear, whose inputs have this static scale (float32 []), or with
+      None one scale per token: an implementation that can round it on the way out returns
       Quantized(values [T, N * H], scale [T]) instead.
 
   Raises:
@@ -63,6 +65,7 @@ def paged_attention(
     v_scale=v_scale,
     first_page=first_page,
     quantize=quantize,
+    static_scale=static_scale,
   )
 
 

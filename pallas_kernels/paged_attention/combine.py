@@ -4,7 +4,7 @@ A part holds the normalized output over some pages and log2 of its softmax sum. 
 that of one softmax over all pages (flash decoding, Dao et al. 2023).
 
     few bytes:  CTA = one token; its heads one after the other, then the token's largest value, its scale, and float8
-    many:       CTA = up to 4 query heads x 32 channels, so that all SMs read; the result is not rounded
+    many:       CTA = up to 4 query heads x 32 channels, so that all SMs read; rounded only where the scale is known before
 
 Parts come in runs whose loads are all under way at once; a run's largest sum rescales what was added before.
 """
@@ -27,31 +27,40 @@ _ONE_SM_BYTES = 256 * 1024  # of a token's parts: what one SM reads in about two
 _LOWEST = -1e30
 
 
-def combine(out, log_sum, G: int, *, quantize: bool, dtype):
+def combine(out, log_sum, G: int, *, quantize: bool, dtype, static_scale=None):
   """out [T, K, S, G or more, H] (float32, or `dtype` where S is 1) and log_sum float32 [T, K, S, G or more].
 
-  Returns [T, N, H] in dtype; or with `quantize`, where one SM may read a token's parts, Quantized with values [T, N * H].
+  Returns [T, N, H] in dtype; or with `quantize` Quantized with values [T, N * H], where the scale is given (float32 []) or one
+  SM may read a token's parts.
   """
   T, K, S, _, H = out.shape
-  if quantize and K * S * G * H * out.dtype.itemsize <= _ONE_SM_BYTES:
+  static = () if static_scale is None or not quantize else (static_scale.reshape(1),)
+  if quantize and not static and K * S * G * H * out.dtype.itemsize <= _ONE_SM_BYTES:
     return _combine_and_quantize(out, log_sum, G, dtype)
   rows = math.gcd(G, 4)
 
-  def kernel(out_gmem, sum_gmem, result_gmem):
+  def kernel(out_gmem, sum_gmem, *rest):
+    *static_gmem, result_gmem = rest
     token, head = lax.axis_index("token"), lax.axis_index("head")
     heads, channels = pl.ds(lax.axis_index("rows") * rows, rows), pl.ds(lax.axis_index("channels") * 32, 32)
-    joined = _join(out_gmem.at[token, head, :, heads, channels], sum_gmem.at[token, head, :, heads])
-    plgpu.store(result_gmem.at[token, head, heads, channels], joined.astype(dtype), optimized=False)
+    joined = _join(out_gmem.at[token, head, :, heads, channels], sum_gmem.at[token, head, :, heads]).astype(dtype)
+    if static:
+      joined = _rounded(joined.astype(jnp.float32), static_gmem[0][0])
+    plgpu.store(result_gmem.at[token, head, heads, channels], joined, optimized=False)
 
   result = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((T, K, G, H), dtype),
+    out_type=jax.ShapeDtypeStruct((T, K, G, H), FLOAT8 if static else dtype),
     grid=(T, K, G // rows, H // 32),
     grid_names=("token", "head", "rows", "channels"),
     compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(out, log_sum)
+  )(out, log_sum, *static)
   record("combine", cost(out, log_sum, (result,)))
-  return result.reshape(T, K * G, H)
+  return Quantized(result.reshape(T, -1), static_scale) if static else result.reshape(T, K * G, H)
+
+
+def _rounded(x, scale):
+  return jnp.clip(x * (1 / scale), -MAX, MAX).astype(FLOAT8)
 
 
 def cost(out, log_sum, outputs) -> Cost:
@@ -72,8 +81,7 @@ def _combine_and_quantize(out, log_sum, G, dtype):
     largest = functools.reduce(jnp.maximum, (jnp.abs(x) for x in joined))
     scale = scale_of(jnp.max(jnp.max(largest, axis=1)))
     for k, x in enumerate(joined):
-      rounded = jnp.clip(x * (1 / scale), -MAX, MAX).astype(FLOAT8)
-      plgpu.store(values_gmem.at[token, k], rounded, optimized=False)
+      plgpu.store(values_gmem.at[token, k], _rounded(x, scale), optimized=False)
     scale_gmem[token] = scale
 
   values, scale = plgpu.kernel(

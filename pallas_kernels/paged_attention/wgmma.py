@@ -56,6 +56,7 @@ def paged_attention(
   v_scale,
   first_page=0,
   quantize=False,
+  static_scale=None,
   target: Target,
 ):
   T, N, H = q_TNH.shape
@@ -79,7 +80,7 @@ def paged_attention(
   if (held := costs.lengths()) is not None:
     costs.record("paged_attention", call_cost(q_TNH, (k_pages, v_pages, *scales), parts, T, held))
   if decode and (quantize or tiling.splits > 1):
-    return combine(*parts, N // K, quantize=quantize, dtype=q_TNH.dtype)
+    return combine(*parts, N // K, quantize=quantize, dtype=q_TNH.dtype, static_scale=static_scale)
   out = parts[0][:, :, 0] if tiling.splits == 1 else _joined(*parts, q_TNH.dtype)
   out = out[:, :, : tiling.tokens * N // K]  # [tiles, K, tokens * G, H]
   if decode:
