@@ -12,6 +12,7 @@ follows. Refuses to know text and flags.
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from jaxfp8.checkpoint_folder import Manifest, is_checkpoint, read_manifest
 from jaxfp8.checkpoint_source import open_any
 from jaxfp8.checkpoint_writer import CheckpointWriter
 from jaxfp8.config import STATIC, Recipe
-from jaxfp8.convert import default_recipe, fill_model, tokenizer_of
+from jaxfp8.convert import default_recipe, fill_model, tokenizer_of, versions
 from jaxfp8.errors import InputError
 from jaxfp8.layers import Linear, StepContext
 from jaxfp8.magnitudes import SCALES, Magnitudes
@@ -62,8 +63,10 @@ def calibrate(
   scales: str = "max",
   keep_bf16: Sequence[str] = (),
   provenance: Mapping[str, Any] | None = None,
+  late: Callable[[], Mapping[str, Any]] | None = None,
+  check: Callable[[pathlib.Path], Mapping[str, Any]] | None = None,
   progress: Progress | None = None,
-) -> list[Seen]:
+) -> "Calibrator":
   """Writes `path`, with static scales and by `rounding`, as the new checkpoint `folder`; one layer in memory at a time.
 
   Args:
@@ -74,23 +77,25 @@ def calibrate(
     scales: "max", "percentile" or "mse": which of the sizes seen is the largest to be represented.
     keep_bf16: as in `convert_checkpoint`.
     provenance: plain values that are stored beside what was chosen.
+    late, check: more to store, as `provenance` (where it is a function) and `check` of `convert_checkpoint`.
 
-  Returns what was seen, layer by layer. Raises InputError for bad weights, bad wishes, an existing folder or a full disk;
+  Returns a Calibrator that is done: `seen` is what was seen, layer by layer; `arrays.notes` what is stored otherwise than asked
+  for. Raises InputError for bad weights, bad wishes, an existing folder or a full disk;
   nothing is then left behind.
   """
   source = open_any(path or readers.default_model())
-  recipe = recipe or _all_static(read_manifest(source.path).recipe if is_checkpoint(source.path) else default_recipe(source))
+  recipe = recipe or all_static(read_manifest(source.path).recipe if is_checkpoint(source.path) else default_recipe(source))
   calibrator = Calibrator(source, recipe, chunks, rounding, scales, keep_bf16)
   arrays = calibrator.arrays
   facts = {"rounding": rounding, "scales": scales, "tokens": int(chunks.size), **(provenance or {})}
-  about = {"source": source.path.name, "dialect": source.dialect, "calibration": facts}
+  about = {"source": source.path.name, "dialect": source.dialect, "versions": versions(), "calibration": facts}
   names = tuple(key.partition("[")[0] for key in calibrator.static_keys())
   manifest = Manifest(source.config, recipe, arrays.formats, tokenizer_of(source), about, dict(arrays.exceptions), names)
-  with CheckpointWriter(folder, manifest) as writer:
+  with CheckpointWriter(folder, manifest, late=late, check=check) as writer:
     writer.write(arrays.read(tuple(calibrator.groups[0])))
     for _, group in calibrator.layers(progress):
       writer.write(group)
-  return calibrator.seen
+  return calibrator
 
 
 def load_calibrated(model: Llama, calibrator: "Calibrator", found: Mapping[str, np.ndarray]) -> Llama:
@@ -109,7 +114,8 @@ def abstract_calibrated(calibrator: "Calibrator", recipe: Recipe, implementation
   return abstract_model(calibrator.arrays.source.config, recipe, calibrator.arrays.formats, None, implementation)
 
 
-def _all_static(recipe: Recipe) -> Recipe:
+def all_static(recipe: Recipe) -> Recipe:
+  """The recipe with static scales for whatever in it can have them."""
   activations = "fp8" + STATIC if recipe.weights == "fp8" else recipe.activations
   return dataclasses.replace(recipe, activations=activations, kv="fp8" + STATIC)
 

@@ -44,6 +44,7 @@ class CheckpointWriter:
     work: what is being written; only a leftover of equal work is gone on with. None: it cannot be resumed.
     resume: go on with a leftover of this work, if there is one, and keep what is written if this writer fails.
     late: more provenance, asked for when everything else is written.
+    check: given the whole checkpoint under its temporary name, adds to its provenance; if it raises, no folder appears.
   """
 
   def __init__(
@@ -54,11 +55,12 @@ class CheckpointWriter:
     work: str | None = None,
     resume: bool = False,
     late: Callable[[], Mapping[str, Any]] | None = None,
+    check: Callable[[pathlib.Path], Mapping[str, Any]] | None = None,
   ):
     self.folder, self.manifest, self.work, self.resume = pathlib.Path(folder), manifest, work, resume
     # No leading dot: Orbax 0.12.8 would then silently finalize nothing. Random: process ids repeat in containers.
     self._name_temporary(f"{self.folder.name}{WRITING}{secrets.token_hex(4)}")
-    self._late = late
+    self._late, self._check = late, check
     self.done: dict[str, str] = {}  # sha256 of every array that is on the disk
     self._busy = threading.Lock()  # held while Orbax writes
     self._journal = None
@@ -138,13 +140,17 @@ class CheckpointWriter:
     paths = sorted(path for path in self._temporary.rglob("*") if path.is_file())
     files = {str(path.relative_to(self._temporary)): path.stat().st_size for path in paths}
     sums = self.done | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    manifest = self.manifest
-    if self._late:
-      manifest = dataclasses.replace(manifest, provenance={**manifest.provenance, **self._late()})
-    (self._temporary / MANIFEST).write_text(manifest.to_json(files, sums), encoding="utf-8")
+    about = {**self.manifest.provenance, **(self._late() if self._late else {})}
+    self._write_manifest(about, files, sums)
+    if self._check:
+      self._write_manifest({**about, **self._check(self._temporary)}, files, sums)
     sync_tree(self._temporary)
     os.rename(self._temporary, self.folder)
     _sync(self.folder.parent)
+
+  def _write_manifest(self, provenance: Mapping[str, Any], files: Mapping[str, int], sums: Mapping[str, str]) -> None:
+    manifest = dataclasses.replace(self.manifest, provenance=provenance)
+    (self._temporary / MANIFEST).write_text(manifest.to_json(files, sums), encoding="utf-8")
 
   # --- resuming ---
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def convert_checkpoint(
   keep_bf16: Sequence[str] = (),
   resume: bool = False,
   provenance: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+  check: Callable[[pathlib.Path], Mapping[str, Any]] | None = None,
   progress: Progress | None = None,
 ) -> SourceArrays:
   """Writes a checkpoint of jaxfp8 from a Hugging Face folder, a GGUF file or another checkpoint, a matrix at a time.
@@ -56,6 +58,8 @@ def convert_checkpoint(
     keep_bf16: regular expressions; a matrix whose module's name (`model.layers.0.mlp.up_proj`) they match is not float8.
     resume: go on with what an earlier, interrupted call wrote, and keep what is written if this one is interrupted.
     provenance: more to store about where the numbers came from; a function is called when everything else is written.
+    check: called with the whole checkpoint before it has its name, such as `quality_gate.gate`; what it gives is stored beside
+      the provenance, and if it raises there is no checkpoint.
 
   Returns:
     What was written (`notes` says what is stored otherwise than asked for).
@@ -76,7 +80,7 @@ def convert_checkpoint(
   arrays = SourceArrays(source, recipe, keep_bf16, _SCALES.get(activations, _SCALES["static"]))
   if activations == "static" and static_scales.complete(arrays.formats, arrays.expected):
     recipe = dataclasses.replace(recipe, activations="fp8" + STATIC)
-  about = {"source": source.path.name, "dialect": source.dialect, "versions": _versions()}
+  about = {"source": source.path.name, "dialect": source.dialect, "versions": versions()}
   late = provenance if callable(provenance) else lambda: provenance or {}
   manifest = Manifest(
     source.config, recipe, arrays.formats, tokenizer_of(source), about, dict(arrays.exceptions), arrays.static_scales
@@ -84,7 +88,7 @@ def convert_checkpoint(
   total = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays.expected.values())
   work = _identity(source, recipe, arrays)
   with (
-    CheckpointWriter(folder, manifest, work=work, resume=resume, late=late) as writer,
+    CheckpointWriter(folder, manifest, work=work, resume=resume, late=late, check=check) as writer,
     concurrent.futures.ThreadPoolExecutor(1) as pool,
   ):
     left = [key for key in arrays.expected if key not in writer.done]
@@ -140,15 +144,16 @@ def _identity(source: Source, recipe: Recipe, arrays: SourceArrays) -> str:
   return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of everything that has a part in a conversion."""
   names = ("jaxfp8", "jax", "numpy", "ml_dtypes", "orbax-checkpoint", "safetensors", "gguf")
-  versions = {}
+  found = {}
   for name in names:
     try:
-      versions[name] = importlib.metadata.version(name)
+      found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      versions[name] = "unknown"
-  return versions
+      found[name] = "unknown"
+  return found
 
 
 def load(

@@ -2,6 +2,7 @@
 
     keep_expressions(source, ["auto:4"], ..)   ->  expressions for `keep_bf16`: the four costliest matrices
     judge(source, folder, chunks, limits)      ->  plain values for a manifest, with what is beyond the limits
+    gate(source, chunks, limits, ..)           ->  the same as a `check` for `convert_checkpoint`, which fails beyond the limits
 
 Both hold models against the source's weights in float32 over held-out text (quality.py), so the whole model is in memory
 twice. Refuses to know text and flags.
@@ -9,6 +10,7 @@ twice. Refuses to know text and flags.
 
 import dataclasses
 import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +21,7 @@ from jaxfp8 import convert, layout, quality
 from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.readers import Source
+from jaxfp8.source_arrays import source_granularity
 
 PLAIN = Recipe("f32", "channel", "f32", "f32")
 Progress = Callable[[int, int], None]
@@ -46,26 +49,58 @@ class Limits:
     ]
 
 
-def judge(source: Source, folder: str | os.PathLike, chunks: np.ndarray, limits: Limits | None = None) -> dict[str, Any]:
+def judge(
+  source: Source, folder: str | os.PathLike, chunks: np.ndarray, limits: Limits | None = None, name: str | None = None
+) -> dict[str, Any]:
   """What the checkpoint in `folder` costs against `source`, in its own recipe: plain values to store and print.
 
   Args:
     source: what the checkpoint was made from.
     chunks: held-out text, from `quality.cut_chunks`.
+    name: who speaks in the sentences; None: the folder.
 
   Returns {"perplexity", "perplexity_ratio", "kl", "top1"}, each {"value", "low", "high"}, with "positions" and "failures", a
   sentence for each limit that is not met.
   """
   reference = quality.Reference(convert.load_source(source, PLAIN), chunks)
   found = dataclasses.asdict(quality.Quality.of(reference.score(convert.load(folder)), reference.nll))
-  failures = (limits or Limits()).failures(str(folder), found)
+  failures = (limits or Limits()).failures(name or str(folder), found)
   return {**found, "positions": int(chunks[:, 1:].size), "failures": failures}
+
+
+def gate(
+  source: Source, chunks: np.ndarray, limits: Limits | None = None, text: str = "held-out text"
+) -> Callable[[pathlib.Path], dict[str, Any]]:
+  """A `check` for `convert_checkpoint` and `calibrate`: {"quality": what `judge` finds in the checkpoint as it was written}.
+
+  With it are stored the limits and `text`, the words for what the chunks are of. The check raises InputError beyond a limit.
+  """
+  limits = limits or Limits()
+
+  def check(folder: pathlib.Path) -> dict[str, Any]:
+    found = judge(source, folder, chunks, limits, "gate")
+    if found["failures"]:
+      raise InputError(
+        f"{' '.join(found['failures'])} No checkpoint was made. Keep costly matrices in bf16 (keep_bf16=auto:N), use another "
+        "recipe or raise the limit."
+      )
+    return {"quality": {**found, "limits": dataclasses.asdict(limits), "text": text}}
+
+  return check
 
 
 def matrix_costs(
   source: Source, granularity: str, chunks: np.ndarray, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-  """What float8 costs in each merged matrix alone, all else in float32: {"layer", "matrix", "kl", ..} each, in order."""
+  """What float8 costs in each merged matrix alone, all else in float32: {"layer", "matrix", "kl", ..} each, in order.
+
+  Raises InputError for a source that holds float8 already: it would seem to cost nothing.
+  """
+  if source_granularity(source):
+    raise InputError(
+      f"quality: what float8 costs in each matrix is measured on weights that are not float8 yet; {source.path} holds float8. "
+      "Pass what it was made from, or name matrices by expressions."
+    )
   base = convert.load_source(source, PLAIN)
   quantized = convert.load_source(source, dataclasses.replace(PLAIN, weights="fp8", granularity=granularity))
   reference, lines = quality.Reference(base, chunks), []

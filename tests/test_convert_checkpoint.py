@@ -16,14 +16,16 @@ import dialect_files
 import jax
 import ml_dtypes
 import numpy as np
+import numpy_llama
 import pytest
 import tiny_llamas
 import tiny_models
 from flax import nnx
+from numpy_recipes import divergence
 from safetensors.numpy import save_file
 
 import jaxfp8
-from jaxfp8 import cli, convert, export, readers
+from jaxfp8 import calibration, cli, convert, export, quality, readers
 from jaxfp8.checkpoint import make_mesh
 from jaxfp8.checkpoint_folder import WRITING
 from jaxfp8.checkpoint_source import CheckpointSource
@@ -262,6 +264,156 @@ class TestTools:
     for args in (["--input", "x"], ["--input", tmp_path / "absent", "--output", tmp_path / "o"], ["--output", "x"]):
       ran = tool("convert_checkpoint", *args)
       assert ran.code == 1 and len(_said(ran)) == 1, ran.err
+
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+OTHER = "pack my box with five dozen liquor jugs, sphinx of black quartz; " * 20
+COSTLY = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+SHORT = ("--tokens=96", "--context=32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A model that float8 costs something in one merged matrix alone: all others are what float8 makes of them already."""
+  folder = tmp_path_factory.mktemp("quality")
+  weights = tiny_models.make_weights(CONFIG)
+  for name in [name for name in weights if "_proj" in name and name not in COSTLY]:
+    weights[name] = numpy_llama.fake_quantize_weight(weights[name], "channel").astype(np.float32)
+  tiny_models.write_hf_folder(folder / "source", CONFIG, weights)
+  (folder / "text.txt").write_text(TEXT)
+  (folder / "other.txt").write_text(OTHER)
+  return folder
+
+
+class TestQuality:
+  @staticmethod
+  def convert(folder, output, *args):
+    return tool("convert_checkpoint", "--input", folder / "source", "--output", output, *args)
+
+  @staticmethod
+  def held_out(folder):
+    source = readers.open_source(folder / "source")
+    tokenizer = jaxfp8.Tokenizer(source.tokenizer)
+    return quality.cut_chunks(tokenizer.encode(TEXT)[1:], 96, 32, tokenizer.bos_id)
+
+  def divergence(self, folder, output) -> float:
+    """KL of what lies in a checkpoint from its source, by numpy in float64."""
+    source, ours = readers.open_source(folder / "source"), CheckpointSource(output)
+    plain = {name: source.read(name).astype(np.float64) for name in source.names()}
+    stored = {name: ours.read(name).astype(np.float64) for name in ours.names()}
+    stored |= {name: w * ours.read_scale(name)[:, None] for name, w in stored.items() if ours.granularity(name)}
+    rows = self.held_out(folder)[:, :-1]
+    return np.mean([divergence(*(numpy_llama.forward(CONFIG, w, row) for w in (plain, stored))) for row in rows])
+
+  def test_what_the_gate_finds_is_stored_and_printed(self, folder, tmp_path):
+    text = f"--text={folder / 'text.txt'}"
+    ran = self.convert(folder, tmp_path / "out", "--gate", "--activations=none", text, *SHORT)
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out.splitlines()[-1])["quality"]
+    truth = self.divergence(folder, tmp_path / "out")
+    assert truth > 1e-3  # and the activations' bf16, which numpy's float64 has not, costs 2e-4
+    np.testing.assert_allclose(found["kl"]["value"], truth, rtol=0.1, atol=3e-4)
+    assert found["limits"]["max_kl"] == 0.04 and found["positions"] == 96 and found["text"].startswith("text.txt (sha256 ")
+    ran = tool("inspect_checkpoint", tmp_path / "out", "--verify")
+    assert ran.code == 0 and json.loads(ran.out.splitlines()[-1])["quality"] == found
+    (line,) = [line for line in ran.out.splitlines() if line.startswith("quality ")]
+    assert f"KL {found['kl']['value']:.4g} nats" in line and "limits: max_kl 0.04" in line
+
+  def test_above_a_limit_there_is_no_output(self, folder, tmp_path):
+    ran = self.convert(folder, tmp_path / "out", "--gate", "--max_kl=1e-6", f"--text={folder / 'text.txt'}", *SHORT)
+    assert ran.code == 1 and not ran.out and len(_said(ran)) == 1 and "must be at most 1e-06; got" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+  def test_the_gate_reads_what_was_written(self, folder, tmp_path, monkeypatch):
+    read = convert.SourceArrays.read
+
+    def spoilt(self, keys):
+      arrays = read(self, keys)
+      return arrays if self.recipe.weights != "fp8" else {k: a * 0 if "norm" in k else a for k, a in arrays.items()}
+
+    monkeypatch.setattr(convert.SourceArrays, "read", spoilt)
+    ran = self.convert(folder, tmp_path / "out", "--gate", f"--text={folder / 'text.txt'}", *SHORT)
+    assert ran.code == 1 and "KL divergence must be" in ran.err and not (tmp_path / "out").exists()
+
+  def test_a_gate_that_failed_is_asked_again(self, folder, tmp_path, monkeypatch):
+    """With --resume what is written stays, so that another limit costs no second conversion."""
+    output, args = tmp_path / "out", ("--resume", "--gate", f"--text={folder / 'text.txt'}", *SHORT)
+    assert self.convert(folder, output, *args, "--max_kl=1e-6").code == 1
+    assert leavings(output) and not output.exists()
+    read = convert.SourceArrays.read
+
+    def no_second_time(self, keys):
+      assert self.recipe.weights != "fp8", "is written already"
+      return read(self, keys)
+
+    monkeypatch.setattr(convert.SourceArrays, "read", no_second_time)
+    ran = self.convert(folder, output, *args)
+    assert ran.code == 0 and leavings(output) == [], ran.err
+    assert tool("inspect_checkpoint", output, "--verify", "--json").code == 0
+
+  def test_the_costliest_matrix_stays_beside_what_expressions_name(self, folder, tmp_path):
+    text = f"--text={folder / 'text.txt'}"
+    limits = ("--gate", "--activations=none", "--max_kl=1e-3")
+    assert self.convert(folder, tmp_path / "all", *limits, text, *SHORT).code == 1
+    keep = ("--keep_bf16=auto:1", r"--keep_bf16=layers\.2\.self_attn\.o_proj")
+    ran = self.convert(folder, tmp_path / "out", *keep, *limits, text, *SHORT)
+    assert ran.code == 0, ran.err
+    ours = CheckpointSource(tmp_path / "out")
+    plain = {name for name in ours.names() if "_proj" in name and not ours.granularity(name)}
+    assert plain == {*COSTLY, "model.layers.2.self_attn.o_proj.weight"}
+    assert len(json.loads(ran.out.splitlines()[-1])["keep_bf16"]) == 2
+
+  def test_scales_from_a_text(self, folder, tmp_path):
+    ran = self.convert(
+      folder, tmp_path / "out", f"--calibration_text={folder / 'other.txt'}", "--calibration_tokens=512", "--keep_bf16=up_proj"
+    )
+    assert ran.code == 0, ran.err
+    source = readers.open_source(folder / "source")
+    tokenizer = jaxfp8.Tokenizer(source.tokenizer)
+    tokens = tokenizer.encode(OTHER)[1:]
+    rows = [[tokenizer.bos_id, *tokens[start : start + 255]] for start in (0, len(tokens) - 255)]  # of 256, over the whole text
+    recipe = Recipe("fp8", "channel", "fp8_static", "fp8_static")
+    calibration.calibrate(source.path, tmp_path / "truth", np.array(rows, np.int32), recipe, keep_bf16=("up_proj",))
+    assert contents(tmp_path / "out") == contents(tmp_path / "truth")
+    ours = CheckpointSource(tmp_path / "out")
+    assert ours.manifest.recipe == recipe and len(ours.static_scales()) == 7 * CONFIG.num_layers
+    about = ours.manifest.provenance
+    assert about["calibration"]["tokens"] == 512 and about["calibration"]["text"].startswith("other.txt (sha256 ")
+    assert about["command"][0] == "--input" and about["source_sha256"]
+    assert json.loads(ran.out.splitlines()[-1])["recipe"]["activations"] == "static"
+    assert "other.txt" in tool("inspect_checkpoint", tmp_path / "out").out
+
+  @pytest.mark.parametrize(
+    ("args", "why"),
+    [
+      (["--keep_bf16=auto:0"], "needs N from 1 to 12"),
+      (["--keep_bf16=auto:1", "--weights=bf16"], "is for --weights=fp8"),
+      (["--keep_bf16=auto:1", "--keep_bf16=nothing"], "matches no matrix"),
+      (["--max_kl=1"], "--max_kl is for --gate"),
+      (["--context=32"], "--context is for --gate or --keep_bf16=auto:N"),
+      (["--calibration_tokens=512"], "--calibration_tokens is for --calibration_text"),
+      (["--calibration_text=text.txt", "--activations=dynamic"], "gives static scales; got --activations=dynamic"),
+      (["--calibration_text=text.txt", "--resume"], "cannot be gone on with"),
+      (["--calibration_text=text.txt", "--gate", "--text=text.txt"], "must be held out"),
+      (["--calibration_text=absent.txt"], "cannot read --calibration_text=absent.txt"),
+      (["--gate", "--text=text.txt", "--tokens=9999999"], "Pass a longer text or fewer tokens"),
+    ],
+  )
+  def test_mistakes_are_one_sentence(self, folder, tmp_path, monkeypatch, args, why):
+    monkeypatch.chdir(folder)
+    ran = self.convert(folder, tmp_path / "out", *args)
+    assert ran.code == 1 and why in ran.err and len(_said(ran)) == 1 and not ran.out, ran.err
+    assert list(tmp_path.iterdir()) == []
+
+  def test_sources_that_cannot_be_measured(self, folder, tmp_path):
+    text = f"--text={folder / 'text.txt'}"
+    tiny_models.write_hf_folder(tmp_path / "source", CONFIG, tiny_models.make_weights(CONFIG), tokenizer=False)
+    ran = self.convert(tmp_path, tmp_path / "out", "--gate", text)
+    assert ran.code == 1 and "tokenizer" in ran.err and len(_said(ran)) == 1
+    dialect_files.write(tmp_path / "float8" / "source", CONFIG)
+    ran = self.convert(tmp_path / "float8", tmp_path / "out", "--keep_bf16=auto:1", text, *SHORT)
+    assert ran.code == 1 and "weights that are not float8 yet" in ran.err and len(_said(ran)) == 2  # with the reader's note
+    assert not (tmp_path / "out").exists()
 
 
 class TestExport:

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
   source = open_any(FLAGS.checkpoint or readers.default_model())
   chunks, text = _chunks(source)
   with Progress() as progress, progress.task("Calibrating") as report:
-    seen = calibration.calibrate(
+    done = calibration.calibrate(
       source.path,
       FLAGS.output,
       chunks,
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     )
   lines = [
     {"layer": s.layer, "of": s.name, "amax": s.amax.tolist(), **{name: scale.tolist() for name, scale in s.scales.items()}}
-    for s in seen
+    for s in done.seen
   ]
   if not FLAGS.json:
     _print_table(lines)
@@ -96,10 +96,17 @@ def _chunks(source):
   text, name = evaluate.read_text(FLAGS.text)
   tokens, bos = evaluate.encode(source, text)
   if FLAGS.text:
-    count = min(FLAGS.tokens, len(tokens)) // FLAGS.context
-    return quality.cut_chunks(tokens, count * (FLAGS.context - 1), FLAGS.context - 1, bos), name
+    return cut_text(tokens, bos, FLAGS.tokens, FLAGS.context), name
   held_out = quality.cut_chunks(tokens, evaluate.FLAGS["tokens"].default, evaluate.FLAGS["context"].default, bos)
   return quality.cut_training_chunks(tokens, FLAGS.tokens, FLAGS.context, held_out, bos), name
+
+
+def cut_text(tokens: list[int], bos: int | None, num_tokens: int, context: int):
+  """int32 [chunks, context], evenly over a text that is for calibration alone. Raises InputError for one too short."""
+  from jaxfp8 import quality
+
+  count = min(num_tokens, len(tokens)) // context
+  return quality.cut_chunks(tokens, count * (context - 1), context - 1, bos)
 
 
 def _print_table(lines: list[dict]) -> None:

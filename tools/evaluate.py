@@ -127,8 +127,11 @@ def rounding_of(text: str) -> str:
   return names[2] if len(names) > 2 else "nearest"
 
 
-def read_text(path: str | None) -> tuple[str, str]:
-  """(text, what it is, in words) of --text. Says so when CPython's topics are others than the README's figures were made on."""
+def read_text(path: str | None, flag: str = "text") -> tuple[str, str]:
+  """(text, what it is, in words) of --text, or of another flag.
+
+  Says so when CPython's topics are others than the README's figures were made on.
+  """
   if path is None:
     from pydoc_data.topics import topics
 
@@ -144,7 +147,7 @@ def read_text(path: str | None) -> tuple[str, str]:
       text, name = pathlib.Path(path).read_text(encoding="utf-8"), pathlib.Path(path).name
     except (OSError, UnicodeDecodeError) as error:
       reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-      raise InputError(f"evaluate: cannot read --text={path}: {reason}. Pass a text file.") from error
+      raise InputError(f"evaluate: cannot read --{flag}={path}: {reason}. Pass a text file.") from error
   return text, f"{name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 

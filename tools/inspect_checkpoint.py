@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     "format_version": raw["format_version"],
     "recipe": raw["recipe"],
     "provenance": raw["provenance"],
-    **{key: raw[key] for key in ("calibration", "quality") if key in raw},
+    "calibration": raw["provenance"].get("calibration"),
+    "quality": raw["provenance"].get("quality"),
     "exceptions": raw.get("exceptions", {}),
     "tensors": lines,
     "outliers": outliers,
@@ -172,18 +173,28 @@ def _print(result: dict) -> None:
     table.add_row(line["key"].replace("[", "\\["), line["dtype"], shape, format_bytes(line["bytes"]), scales, *shares)
   console.print(table)
   recipe = result["recipe"]
+  came_from = {key: value for key, value in result["provenance"].items() if key not in ("calibration", "quality")}
   for title, value in (
     ("recipe", " ".join(f"{name}={recipe[name]}" for name in recipe)),
     ("total", format_bytes(result["bytes"])),
     ("on a device", f"{format_bytes(result['bytes_per_device'])} with tensor={result['tensor']}"),
     ("exceptions", ", ".join(f"{module} ({kind})" for module, kind in result["exceptions"].items()) or "none"),
-    ("calibration", json.dumps(result.get("calibration")) if "calibration" in result else "none"),
-    ("quality", json.dumps(result.get("quality")) if "quality" in result else "not measured"),
+    ("calibration", json.dumps(result["calibration"]) if result["calibration"] else "none"),
+    ("quality", _quality(result["quality"]) if result["quality"] else "not measured"),
     ("outliers", "; ".join(_outlier(entry) for entry in result["outliers"][:8]) or "none"),
-    ("came from", json.dumps(result["provenance"], ensure_ascii=False)),
+    ("came from", json.dumps(came_from, ensure_ascii=False)),
     ("checksums", {None: "not compared (--verify)", True: "all equal", False: "DIFFERENT"}[result["verified"]]),
   ):
     console.print(f"{title:<12} {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _quality(found: dict) -> str:
+  kl, ratio, top1 = (found[name]["value"] for name in ("kl", "perplexity_ratio", "top1"))
+  limits = ", ".join(f"{name} {value:g}" for name, value in found["limits"].items() if value is not None)
+  return (
+    f"KL {kl:.4g} nats [{found['kl']['low']:.4g}, {found['kl']['high']:.4g}], perplexity times {ratio:.4g}, top-1 agreement "
+    f"{format_share(top1)}; {found['positions']:,} positions of {found['text']} against the source; limits: {limits or 'none'}"
+  )
 
 
 def _outlier(entry: dict) -> str:
