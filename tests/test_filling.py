@@ -38,8 +38,9 @@ def test_small_jobs(config, recipe, tensor, platforms, monkeypatch, tmp_path):
   want = convert.load_source(source, recipe, mesh=mesh)
   monkeypatch.setattr(filling, "_JOB_BYTES", 3000)
   monkeypatch.setattr(filling, "_HOST_PLATFORMS", platforms)
-  reads, read = [], checkpoint.CheckpointReader.read
-  monkeypatch.setattr(checkpoint.CheckpointReader, "read", lambda self, ranges: reads.append(found := read(self, ranges)) or found)
+  reads, reader = [], checkpoint.CheckpointReader
+  read = reader.read
+  monkeypatch.setattr(reader, "read", lambda self, ranges: reads.append(found := read(self, ranges)) or found)
   model = checkpoint.load_checkpoint(tmp_path / "a", mesh=mesh)
   for a, b in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(want)), strict=True):
     assert a.sharding == b.sharding and a.dtype == b.dtype and a.committed == b.committed
