@@ -33,8 +33,8 @@ for name, (tensor, data) in test_hosts.MESHES.items():
   result[f"local bytes of {name}"] = sum(
     shard.data.nbytes for leaf in jax.tree.leaves(engine.steps._weights) for shard in leaf.addressable_shards
   )
-read, asked = checkpoint._Reader.read, []
-checkpoint._Reader.read = lambda self, ranges: asked.extend(done := read(self, ranges)) or done
+read, asked = checkpoint.CheckpointReader.read, []
+checkpoint.CheckpointReader.read = lambda self, ranges: asked.extend(done := read(self, ranges)) or done
 wide = jaxfp8.load(FOLDER, mesh=jaxfp8.make_mesh(test_hosts.CONFIG, tensor=8))
 result["rows and columns of tensor 8"] = sum(r.stop - r.start for r in asked)
 result["local bytes of tensor 8"] = sum(
