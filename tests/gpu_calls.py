@@ -155,11 +155,20 @@ class Attention:
     )
 
   def cost(self) -> int:
-    """Decode only."""
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
-    tiling = attention_tiling.choose_tiling(*sizes, True, k.dtype, self.target)
-    return attention_tiling.cost(self.lengths, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
+    tiling = attention_tiling.choose_tiling(*sizes, self.counts is None, k.dtype, self.target)
+    seen = self.lengths if self.counts is None else self._tiles(q.shape[0], tiling.tokens)
+    return attention_tiling.cost(seen, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
+
+  def _tiles(self, num_tokens, size) -> list[int]:
+    """How many keys the last query of each tile sees; tiles that nobody needs see none."""
+    seen = [
+      length - count + min(first + size, count)
+      for length, count in zip(self.lengths, self.counts, strict=True)
+      for first in range(0, count, size)
+    ]
+    return seen + [0] * (num_tokens // size + len(self.lengths) - len(seen))
 
   def run(self, kernels, timeout_s=60):
     def call(arrays, scales):

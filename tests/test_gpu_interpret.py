@@ -67,9 +67,10 @@ def test_paged_attention_decode(call):
 
 @pytest.mark.parametrize("call", PREFILLS, ids=str)
 def test_paged_attention_prefill(call):
-  y, _ = call.run(attention)
+  y, copies = call.run(attention)
   assert gpu_calls.relative(y, call.truth()) < 4e-3
   assert not y[sum(call.counts) :].any()
+  assert copies.bytes_read == pytest.approx(call.cost(), rel=0.02)
 
 
 @pytest.mark.parametrize("v_size", [1.0, 1e-5, 1e4])
