@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import costs
-from pallas_kernels.float8 import FLOAT8, MAX, Quantized, scale_of
+from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
 from pallas_kernels.fp8_matmul.api import Sums
 from pallas_kernels.fused import cost
 from pallas_kernels.paged_attention.reference import query_places
@@ -151,7 +151,7 @@ def rope_write(
       else:
         scale = scale_of(jnp.maximum(*(jnp.max(jnp.abs(y), axis=1) for y in x)))
       factor = lax.broadcast_in_dim(1 / scale, x[0].shape, [0])
-      return [jnp.clip(y * factor, -MAX, MAX).astype(FLOAT8) for y in x], scale
+      return [to_float8(y * factor) for y in x], scale
 
     @pl.when(position >= 0)
     def _():
@@ -275,5 +275,5 @@ def _store_activations(row: _Row, pieces, token, values_out, scale_out, static_g
         scale_out[0][token] = scale
 
     factor = 1 / scale
-    pieces = [jnp.clip(piece * factor, -MAX, MAX).astype(FLOAT8) for piece in wide]
+    pieces = [to_float8(piece * factor) for piece in wide]
   row.store(values_out.at[token], pieces)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.costs import Cost, bytes_of, record
-from pallas_kernels.float8 import FLOAT8, MAX, Quantized, scale_of
+from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
 from pallas_kernels.register_layouts import row_layout
 
 _LOADED = 64  # registers a thread that hold parts under way
@@ -45,7 +45,7 @@ def combine(out, log_sum, G: int, *, quantize: bool, dtype, static_scale=None):
     heads, channels = pl.ds(lax.axis_index("rows") * rows, rows), pl.ds(lax.axis_index("channels") * 32, 32)
     joined = _join(out_gmem.at[token, head, :, heads, channels], sum_gmem.at[token, head, :, heads]).astype(dtype)
     if static:
-      joined = _rounded(joined.astype(jnp.float32), static_gmem[0][0])
+      joined = to_float8(joined.astype(jnp.float32) * (1 / static_gmem[0][0]))
     plgpu.store(result_gmem.at[token, head, heads, channels], joined, optimized=False)
 
   result = plgpu.kernel(
@@ -57,10 +57,6 @@ def combine(out, log_sum, G: int, *, quantize: bool, dtype, static_scale=None):
   )(out, log_sum, *static)
   record("combine", cost(out, log_sum, (result,)))
   return Quantized(result.reshape(T, -1), static_scale) if static else result.reshape(T, K * G, H)
-
-
-def _rounded(x, scale):
-  return jnp.clip(x * (1 / scale), -MAX, MAX).astype(FLOAT8)
 
 
 def cost(out, log_sum, outputs) -> Cost:
@@ -81,7 +77,7 @@ def _combine_and_quantize(out, log_sum, G, dtype):
     largest = functools.reduce(jnp.maximum, (jnp.abs(x) for x in joined))
     scale = scale_of(jnp.max(jnp.max(largest, axis=1)))
     for k, x in enumerate(joined):
-      plgpu.store(values_gmem.at[token, k], _rounded(x, scale), optimized=False)
+      plgpu.store(values_gmem.at[token, k], to_float8(x * (1 / scale)), optimized=False)
     scale_gmem[token] = scale
 
   values, scale = plgpu.kernel(
