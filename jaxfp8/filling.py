@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxfp8.layout import STRIDE, Leaf, Part, parts
 from jaxfp8.model import Llama
 
-_JOB_BYTES = 64 << 20  # under way at a time: one job's arrays that are read, one's that are put in place
+_JOB_BYTES = 32 << 20  # under way: one job being read (which takes twice that), one being put in place
 _THREADS = 8
 _HOST_PLATFORMS = ("cpu",)  # whose devices take over memory of the host
 _ALIGNMENT = 64  # of memory that a CPU device takes over as it is

@@ -12,7 +12,7 @@ from jaxfp8.checkpoint import make_mesh
 from jaxfp8.layers import LayerFormat
 from tools import measure_loading
 
-WEIGHTS = 400e6
+WEIGHTS, BESIDE = 400e6, 256 << 20  # bytes; 120 to 200 MiB were seen beside the weights
 
 
 def test_memory_beside_the_weights(tmp_path):
@@ -20,7 +20,7 @@ def test_memory_beside_the_weights(tmp_path):
   measure_loading.write(tmp_path / "a", 12, d_model=2048, d_ff=4096, num_heads=16)
   found = measure_loading.measure(tmp_path / "a", 4)
   assert found["weight_bytes"] > WEIGHTS
-  assert found["peak_bytes"] < found["weight_bytes"] + 4 * filling._JOB_BYTES < 1.7 * found["weight_bytes"]
+  assert found["peak_bytes"] < found["weight_bytes"] + BESIDE
   assert found["read_bytes"] < 1.02 * found["weight_bytes"]
 
 
