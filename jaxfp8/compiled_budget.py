@@ -52,13 +52,23 @@ class Question:
 
   @classmethod
   def of(
-    cls, model: LlamaConfig | str, device: str, *, tensor=1, data=1, weights="fp8", activations="auto", kv_cache="fp8", **sizes
+    cls,
+    model: LlamaConfig | str,
+    device: str,
+    *,
+    tensor=1,
+    data=1,
+    weights="fp8",
+    granularity="channel",
+    activations="auto",
+    kv_cache="fp8",
+    **sizes,
   ) -> "Question":
     """From what flags say."""
     config = model if isinstance(model, LlamaConfig) else LlamaConfig.from_name(model)
     if activations == "auto":
       activations = resolve_activations(activations, weights, load_device(device)) if device != CPU else weights
-    recipe = Recipe(weights=weights, activations=activations, kv=kv_cache)
+    recipe = Recipe(weights, granularity, activations, kv_cache)
     return cls(config, recipe, device, MeshShape.for_model(config, tensor, data), **sizes)
 
   def to_dict(self) -> dict[str, Any]:

@@ -43,15 +43,15 @@ def rounded(x, quantize, static):
   return wide(q) * scale[:, None]
 
 
-def make_sums(rng, S, T, F, token_scale):
-  """Sums of S parts as a product leaves them (S = 1: finished), and what they come to."""
+def make_sums(rng, S, T, F, token_scale, channel_scale=True):
+  """Sums of S parts as a product leaves them (S = 1: finished), and what they come to. Block scales are in them already."""
   if S == 1:
     parts = rng.normal(size=(1, T, F)).astype(BF16)
     return Sums(parts), wide(parts[0])
   parts = rng.normal(size=(S, T, F)).astype(np.float32)
-  w_scale = np.exp(rng.normal(size=F)).astype(np.float32)
+  w_scale = np.exp(rng.normal(size=F)).astype(np.float32) if channel_scale else None
   x_scale = None if token_scale is None else np.exp(rng.normal(size=(T,) if token_scale == "token" else ())).astype(np.float32)
-  total = wide(parts).sum(axis=0) * w_scale * (1 if x_scale is None else x_scale.reshape(-1, 1))
+  total = wide(parts).sum(axis=0) * (1 if w_scale is None else w_scale) * (1 if x_scale is None else x_scale.reshape(-1, 1))
   return Sums(parts, w_scale, x_scale), total
 
 
@@ -102,10 +102,11 @@ class Silu(Call):
   quantize: bool = True
   static: float | None = None
   token_scale: str | None = "token"
+  channel_scale: bool = True
 
   def arrays(self):
     rng = np.random.default_rng(self.T * self.F + self.S)
-    sums, total = make_sums(rng, self.S, self.T, 2 * self.F, self.token_scale)
+    sums, total = make_sums(rng, self.S, self.T, 2 * self.F, self.token_scale, self.channel_scale)
     gate, up = total[:, : self.F], total[:, self.F :]
     static = None if self.static is None else np.float32(self.static)
     hidden = gate / (1 + np.exp(-gate)) * up
@@ -133,6 +134,7 @@ class Rope(Call):
   C: int = 32
   first_page: int = 5
   static: bool = False
+  channel_scale: bool = True
 
   def arrays(self):
     rng = np.random.default_rng(sum(self.lengths) + self.S)
@@ -140,7 +142,7 @@ class Rope(Call):
     T = len(self.lengths) if self.counts is None else sum(counts) + 2
     B, M = len(self.lengths), max(-(-length // self.C) for length in self.lengths)
     P = self.first_page + B * M + 2
-    sums, total = make_sums(rng, self.S, T, self.K * (self.G + 2) * self.H, "token")
+    sums, total = make_sums(rng, self.S, T, self.K * (self.G + 2) * self.H, "token", self.channel_scale)
     angles = rng.normal(size=(T, self.H // 2)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
     table = rng.permutation(B * M).reshape(B, M).astype(np.int32)

@@ -17,6 +17,7 @@ SILUS = (
   Silu(2, 384, S=3),
   Silu(1, 640, S=2, quantize=False, token_scale=None),
   Silu(2, 256, S=4, static=0.5, token_scale="all"),
+  Silu(2, 384, S=2, channel_scale=False),
 )
 ROPES = (
   Rope("fp8", (40, 0, 33, 1), G=4, H=64, S=3),
@@ -24,6 +25,7 @@ ROPES = (
   Rope("bf16", (5, 70), K=3, G=3, S=2),
   Rope("fp8", (5, 0, 40), counts=(5, 0, 37), G=1, static=True),
   Rope("bf16", (3, 33), counts=(3, 2), K=1, G=2, H=128),
+  Rope("fp8", (5, 33), S=2, channel_scale=False),
 )
 CALLS = NORMS + SILUS + ROPES
 PLAIN = {"cpu": cpu, "xla": xla, "reference": reference}

@@ -28,9 +28,11 @@ TOOL = "tools.compile_deviceless"
 CONTEXT, BATCH, PREFILL = 4096, 8, 2048
 # Few layers where only what a layer does is asked: the loop's body is the same for any number of them.
 FEW_LAYERS = dataclasses.replace(LlamaConfig.from_name("llama-3.1-405b"), num_layers=4)
+FEW_OF_70B = dataclasses.replace(LlamaConfig.from_name("llama-3.1-70b"), num_layers=4)
 QUESTIONS = {
   "70b-fp8": (LlamaConfig.from_name("llama-3.1-70b"), "h100", 8, {"prefill": PREFILL}),
   "70b-bf16": (LlamaConfig.from_name("llama-3.1-70b"), "h100", 8, {"weights": "bf16", "kv_cache": "bf16"}),
+  "70b-block128": (FEW_OF_70B, "h100", 8, {"granularity": "block128"}),
   "8b-fp8": (LlamaConfig.from_name("llama-3.1-8b"), "h200", 1, {}),
   "405b-fp8": (FEW_LAYERS, "h100", 16, {}),
 }
@@ -85,6 +87,11 @@ class TestDecode70B:
     assert record["collectives_in_layer"] == {"all-reduce bf16[8,8192]": 2}
     assert (record["all_reduces_per_layer"], record["other_collectives_per_layer"]) == (2, 0)
     assert not any("f8" in name or ("8192]" in name and "gather" in name) for name in record["collectives_elsewhere"])
+
+  def test_block_scales_take_no_launch_more(self):
+    record, channels = (records(name)["decode"] for name in ("70b-block128", "70b-fp8"))
+    assert record["xla_kernels_per_layer"] == 0
+    assert record["launches_per_layer"] <= channels["launches_per_layer"]
 
   def test_a_layer_is_one_cuda_graph(self):
     record = records("70b-fp8")["decode"]

@@ -22,7 +22,7 @@ from jaxfp8.units import format_rate
 
 FLAGS = flags.FlagValues()
 SYSTEMS = ("jaxfp8 fp8", "jaxfp8 bf16", "llama.cpp Q8_0", "llama.cpp BF16", "transformers bf16")
-PACKAGES = {"llama.cpp": ["xllamacpp"], "transformers": ["torch", "transformers", "gguf"]}
+PACKAGES = {"llama.cpp": ["xllamacpp"], "transformers": ["torch", "transformers", "accelerate", "gguf"]}
 WORKER = pathlib.Path(__file__).with_name("peer_worker.py")
 
 
@@ -37,7 +37,7 @@ _define(flags.DEFINE_integer, "new_tokens", 64, "Tokens generated for each seque
 _define(flags.DEFINE_integer, "rounds", 3, "Rounds; medians over them are reported.")
 _define(flags.DEFINE_list, "systems", list(SYSTEMS), "Which systems, of " + ", ".join(SYSTEMS) + ".")
 _define(flags.DEFINE_string, "llama_cpp_python", None, "A Python that has xllamacpp; made with uv in --cache_dir if left out.")
-_define(flags.DEFINE_string, "transformers_python", None, "A Python that has torch, transformers and gguf; likewise.")
+_define(flags.DEFINE_string, "transformers_python", None, "A Python with torch, transformers, accelerate and gguf; likewise.")
 _define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where environments, weights and programs are kept.")
 
 
@@ -74,13 +74,14 @@ def _command(system: str, source: pathlib.Path) -> list[str]:
 def _environment(peer: str) -> str:
   folder = pathlib.Path(FLAGS.cache_dir).expanduser() / "peers" / peer
   python = folder / "bin" / "python"
-  if not python.exists():
-    print(f"Making an environment for {peer}.", file=sys.stderr)
-    try:
+  try:
+    if not python.exists():
+      print(f"Making an environment for {peer}.", file=sys.stderr)
       subprocess.run(["uv", "venv", "--quiet", "--python", "3.12", str(folder)], check=True)
-      subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *PACKAGES[peer]], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-      raise InputError(f"benchmark_peers: cannot make an environment for {peer}: {error}. Pass --*_python.") from error
+    # Nothing to do for a whole one; one whose making was cut off is completed.
+    subprocess.run(["uv", "pip", "install", "--quiet", "--python", str(python), *PACKAGES[peer]], check=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise InputError(f"benchmark_peers: cannot make an environment for {peer}: {error}. Pass --*_python.") from error
   return str(python)
 
 

@@ -6,12 +6,12 @@ import pathlib
 from absl import flags
 
 from jaxfp8.compiled_budget import Question, budgets
-from jaxfp8.config import WEIGHT_DTYPES
+from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES
 from jaxfp8.devices import load_device
 from jaxfp8.errors import InputError
 from jaxfp8.units import format_bytes, format_seconds
 
-FLAG_NAMES = ("tensor", "data", "batch", "context", "weights", "activations", "kv_cache", "prefill", "save")
+FLAG_NAMES = ("tensor", "data", "batch", "context", "weights", "granularity", "activations", "kv_cache", "prefill", "save")
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -24,6 +24,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   define(flags.DEFINE_integer, "batch", 8, "Sequences that decode together, over all copies.")
   define(flags.DEFINE_integer, "context", 4096, "Tokens that every sequence holds.")
   define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
+  define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one scale of fp8 weights covers.")
   define(flags.DEFINE_enum, "activations", "auto", ("auto", *WEIGHT_DTYPES), "What the linear layers multiply in.")
   define(flags.DEFINE_enum, "kv_cache", "fp8", WEIGHT_DTYPES, "What the KV cache is stored in.")
   define(flags.DEFINE_integer, "prefill", None, "Also the step that takes a prompt of so many tokens.")
@@ -59,9 +60,10 @@ def kinds(result: dict) -> list[str]:
 def heading(question: Question) -> str:
   recipe, mesh = question.recipe, question.mesh
   title = load_device(question.device).title
+  scales = f" ({recipe.granularity} scales)" if recipe.weights == "fp8" else ""
   return (
     f"{question.config.name} on {mesh.num_devices} x {title} (tensor {mesh.tensor}, data {mesh.data}), "
-    f"{recipe.weights} weights, {recipe.activations} activations, {recipe.kv} KV; "
+    f"{recipe.weights} weights{scales}, {recipe.activations} activations, {recipe.kv} KV; "
     "everything for one GPU, compiled without it. Times are floors."
   )
 

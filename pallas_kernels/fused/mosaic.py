@@ -75,9 +75,7 @@ def silu_multiply(gate_up: Sums, *, quantize, static_scale, dtype, target):
     def half(i):
       pieces = [row.load(parts_gmem.at[s, token, i]) for s in range(S)]
       total = [functools.reduce(jnp.add, (a.astype(jnp.float32) for a in same)) for same in zip(*pieces, strict=True)]
-      if sums.scaled:
-        total = [a * w * sums.token_scale(scales, token) for a, w in zip(total, row.load(scales[0].at[i]), strict=True)]
-      return total
+      return sums.scaled(total, scales, token, lambda scale: row.load(scale.at[i]))
 
     hidden = [(g / (1 + jnp.exp(-g)) * u).astype(dtype) for g, u in zip(half(0), half(1), strict=True)]
     _store_activations(row, hidden, token, values_out, scale_out, static_gmem, meet)
@@ -122,8 +120,9 @@ def rope_write(
       for i in range(2):
         parts = [plgpu.load(parts_gmem.at[s, token, at, i], layout=layout, optimized=False) for s in range(S)]
         total = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
-        if sums.scaled:
-          total = total * plgpu.load(scales[0].at[at, i], layout=layout, optimized=False) * sums.token_scale(scales, token)
+        (total,) = sums.scaled(
+          [total], scales, token, lambda scale, i=i: [plgpu.load(scale.at[at, i], layout=layout, optimized=False)]
+        )
         halves.append(total.astype(dtype).astype(jnp.float32))
       return halves
 
@@ -224,23 +223,26 @@ class _Row:
 
 
 class _SumReader:
-  """What a kernel needs beside the parts of a product to finish it: its scales, shaped by `shape_w`."""
+  """What a kernel needs beside the parts of a product to finish it: the scales that it has, those of weights by `shape_w`."""
 
   def __init__(self, sums: Sums, shape_w):
-    self.scaled = sums.w_scale is not None
-    if not self.scaled and sums.x_scale is not None:
-      raise NotImplementedError("mosaic finishes sums that have both scales or none")
-    self._has_x = sums.x_scale is not None
+    self._has_w, self._has_x = sums.w_scale is not None, sums.x_scale is not None
     self._per_token = self._has_x and sums.x_scale.ndim > 0
-    self.arrays = (shape_w(sums.w_scale),) if self.scaled else ()
+    self.arrays = (shape_w(sums.w_scale),) if self._has_w else ()
     if self._has_x:
       self.arrays += (sums.x_scale.reshape(-1),)
 
   def split(self, refs):
     return refs[: len(self.arrays)], refs[len(self.arrays) :]
 
-  def token_scale(self, scales, token):
-    return scales[1][token if self._per_token else 0] if self._has_x else jnp.float32(1)
+  def scaled(self, pieces, scales, token, load_w):
+    """Pieces of a token's sums, each times its weights' scales (as `load_w` reads them) and the token's."""
+    if self._has_w:
+      pieces = [piece * scale for piece, scale in zip(pieces, load_w(scales[0]), strict=True)]
+    if self._has_x:
+      scale = scales[-1][token if self._per_token else 0]
+      pieces = [piece * scale for piece in pieces]
+    return pieces
 
 
 def _require_bf16(operation, dtype):
