@@ -144,7 +144,7 @@ def load_device(name_or_path: str, cache_dir: str = "") -> DeviceSpec:
     ) from error
 
 
-def measure_cpu(cache_dir: str = "") -> DeviceSpec:
+def measure_cpu(cache_dir: str = "", again: bool = False) -> DeviceSpec:
   """This machine's CPU: memory from the system, bandwidth and FLOP/s measured in about a second.
 
   Bandwidth: the best of five reads of 512 MB of int64 by numpy's maximum, one thread a core (a reduction with no
@@ -153,13 +153,14 @@ def measure_cpu(cache_dir: str = "") -> DeviceSpec:
   an upper bound and not a measurement.
 
   The two measured rates are kept in `cache_dir`/cpu-HOST.json (key: CPU model and core count) and read from there the
-  next time; an empty cache_dir measures every time. The memory in use by others is read afresh.
+  next time; an empty cache_dir measures every time, and `again` replaces what is kept, which may be from a busy moment. The
+  memory in use by others is read afresh.
   """
   flags, model = _cpu_facts()
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   key = f"{model}, {cores} cores"
   path = pathlib.Path(cache_dir).expanduser() / f"cpu-{platform.node() or 'host'}.json" if cache_dir else None
-  rates = _read_rates(path, key) if path else None
+  rates = _read_rates(path, key) if path and not again else None
   if rates is None:
     rates = {"bandwidth": _measure_bandwidth(cores), "f32_flops": _measure_f32_flops()}
     if path:

@@ -144,6 +144,9 @@ def test_cpu_rates_are_measured_once_and_cached(tmp_path, counted):
   assert 0 < first.system_bytes < first.memory_bytes and first.bf16_flops >= first.f32_flops == 1e11
   measure_cpu("")
   assert len(counted) == 2
+  measure_cpu(str(folder), again=True)
+  measure_cpu(str(folder))
+  assert len(counted) == 3
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "x"}', None, "negative", "other machine"])

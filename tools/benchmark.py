@@ -22,6 +22,7 @@ from rich.table import Table
 
 from jaxfp8 import cli
 from jaxfp8.config import WEIGHT_DTYPES
+from jaxfp8.devices import measure_cpu
 from jaxfp8.errors import InputError
 from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
   console = Console(stderr=FLAGS.json)
+  measure_cpu(FLAGS.cache_dir, again=True)  # for a CPU's roofline, before anything else runs
   rows = []
   for weights in FLAGS.weights:
     rows += _run_worker(weights)
