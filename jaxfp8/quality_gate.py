@@ -4,7 +4,7 @@
     judge(source, folder, chunks, limits)      ->  plain values for a manifest, with what is beyond the limits
     gate(source, chunks, limits, ..)           ->  the same as a `check` for `convert_checkpoint`, which fails beyond the limits
 
-Both hold models against the source's weights in float32 over held-out text (quality.py), so the whole model is in memory
+All hold models against the source's weights in float32 over held-out text (quality.py), so the whole model is in memory
 twice. Refuses to know text and flags.
 """
 
@@ -129,9 +129,14 @@ def keep_expressions(
   return [e for wish, count in pairs for e in ([wish] if count is None else costliest(costs, count))]
 
 
+def is_auto(wish: str) -> bool:
+  """Whether it is "auto:N" and no expression."""
+  return wish.startswith("auto:")
+
+
 def parse_auto(source: Source, wish: str) -> int | None:
   """N of "auto:N", None for an expression. Raises InputError for an N that the model has not."""
-  if not wish.startswith("auto:"):
+  if not is_auto(wish):
     return None
   most = source.config.num_layers * len(quality.MATRICES)
   if not wish[5:].isdecimal() or not 1 <= int(wish[5:]) <= most:

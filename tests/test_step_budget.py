@@ -26,15 +26,19 @@ hbm_bytes hbm_floor_bytes launches_per_layer all_reduces_per_layer other_collect
 """
 TOOL = "tools.compile_deviceless"
 CONTEXT, BATCH, PREFILL = 4096, 8, 2048
-# Few layers where only what a layer does is asked: the loop's body is the same for any number of them.
-FEW_LAYERS = dataclasses.replace(LlamaConfig.from_name("llama-3.1-405b"), num_layers=4)
-FEW_OF_70B = dataclasses.replace(LlamaConfig.from_name("llama-3.1-70b"), num_layers=4)
+
+
+def few_layers(name: str) -> LlamaConfig:
+  """Where only what a layer does is asked: the loop's body is the same for any number of them."""
+  return dataclasses.replace(LlamaConfig.from_name(name), num_layers=4)
+
+
 QUESTIONS = {
   "70b-fp8": (LlamaConfig.from_name("llama-3.1-70b"), "h100", 8, {"prefill": PREFILL}),
   "70b-bf16": (LlamaConfig.from_name("llama-3.1-70b"), "h100", 8, {"weights": "bf16", "kv_cache": "bf16"}),
-  "70b-block128": (FEW_OF_70B, "h100", 8, {"granularity": "block128"}),
+  "70b-block128": (few_layers("llama-3.1-70b"), "h100", 8, {"granularity": "block128"}),
   "8b-fp8": (LlamaConfig.from_name("llama-3.1-8b"), "h200", 1, {}),
-  "405b-fp8": (FEW_LAYERS, "h100", 16, {}),
+  "405b-fp8": (few_layers("llama-3.1-405b"), "h100", 16, {}),
 }
 
 

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
   console = Console(stderr=FLAGS.json)
-  measure_cpu(FLAGS.cache_dir, again=True)  # for a CPU's roofline, before anything else runs
+  if FLAGS.cache_dir:  # where every process reads it; without, each measures for itself
+    measure_cpu(FLAGS.cache_dir, again=True)
   rows = []
   for weights in FLAGS.weights:
     rows += _run_worker(weights)

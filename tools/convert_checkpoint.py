@@ -130,7 +130,7 @@ def _activations(source) -> str:
   """What --activations means with the other flags. Raises InputError for flags that contradict each other."""
   from jaxfp8.source_arrays import has_inputs
 
-  automatic = any(map(_is_auto, FLAGS.keep_bf16))
+  automatic = _measures()
   for names, owner, there in (
     (("max_kl", "max_perplexity_ratio", "min_top1"), "--gate", FLAGS.gate),
     (("text", "tokens", "context"), "--gate or --keep_bf16=auto:N", FLAGS.gate or automatic),
@@ -158,7 +158,7 @@ def _convert(source, activations: str) -> tuple[list[str], list[str], float, flo
   from jaxfp8.progress import Progress
 
   recipe = convert.default_recipe(source, FLAGS.weights, FLAGS.granularity if FLAGS.weights == "fp8" else None)
-  held_out = _read(source, "text") if FLAGS.gate or any(map(_is_auto, FLAGS.keep_bf16)) else None
+  held_out = _read(source, "text") if FLAGS.gate or _measures() else None
   training = _read(source, "calibration_text") if FLAGS.calibration_text else None
   if held_out and training and held_out.tokens == training.tokens:
     raise InputError("convert: --text must be held out from calibration; it is the --calibration_text. Pass another --text.")
@@ -199,8 +199,11 @@ def _read(source, flag: str) -> _Text:
   return _Text(*evaluate.encode(source, text), name)
 
 
-def _is_auto(wish: str) -> bool:
-  return wish.startswith("auto:")
+def _measures() -> bool:
+  """Whether --keep_bf16 asks for the costliest matrices."""
+  from jaxfp8.quality_gate import is_auto
+
+  return any(map(is_auto, FLAGS.keep_bf16))
 
 
 def _kept(source, recipe, held_out: _Text | None, progress) -> list[str]:
@@ -208,7 +211,7 @@ def _kept(source, recipe, held_out: _Text | None, progress) -> list[str]:
   from jaxfp8 import quality, quality_gate
   from jaxfp8.source_arrays import SourceArrays
 
-  if not any(map(_is_auto, FLAGS.keep_bf16)):
+  if not _measures():
     return FLAGS.keep_bf16
   for wish in FLAGS.keep_bf16:  # mistakes before minutes of work
     if quality_gate.parse_auto(source, wish) is None:

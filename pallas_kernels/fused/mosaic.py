@@ -116,15 +116,13 @@ def rope_write(
     def load(first, count):
       """Both halves of `count` rows from row `first` of the head, as the product rounds them, in float32."""
       at, layout = pl.ds(head * rows + first, count), row_layout(count)
-      halves = []
-      for i in range(2):
-        parts = [plgpu.load(parts_gmem.at[s, token, at, i], layout=layout, optimized=False) for s in range(S)]
-        total = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
-        (total,) = sums.scaled(
-          [total], scales, token, lambda scale, i=i: [plgpu.load(scale.at[at, i], layout=layout, optimized=False)]
-        )
-        halves.append(total.astype(dtype).astype(jnp.float32))
-      return halves
+
+      def both(ref):
+        return [plgpu.load(ref.at[at, i], layout=layout, optimized=False).astype(jnp.float32) for i in range(2)]
+
+      pieces = [both(parts_gmem.at[s, token]) for s in range(S)]
+      total = [functools.reduce(jnp.add, same) for same in zip(*pieces, strict=True)]
+      return [half.astype(dtype).astype(jnp.float32) for half in sums.scaled(total, scales, token, both)]
 
     def turned(x, layout):
       cos, sin = (plgpu.load(ref.at[token], layout=layout.reduce(0), optimized=False) for ref in (cos_gmem, sin_gmem))
