@@ -30,7 +30,7 @@ def _why_no_gpu() -> str:
     return "needs a GPU: run pytest -m gpu on a machine that has one"
   import jax
 
-  from jaxfp8.cli import choose_platform
+  from jaxfp8.commands.command import choose_platform
 
   choose_platform()
   try:

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-import tiny_models
 
-from jaxfp8 import readers
+from jaxfp8.checkpoint import readers
+from jaxfp8.checkpoint.readers.gguf_file import config_from_gguf
+from jaxfp8.checkpoint.readers.huggingface import config_from_hf
 from jaxfp8.config import LlamaConfig, Recipe, RopeConfig, configs_folder
 from jaxfp8.errors import InputError
-from jaxfp8.readers.gguf_file import config_from_gguf
-from jaxfp8.readers.huggingface import config_from_hf
+from tests.helpers import tiny_models
 
 LLAMA3 = {"type": "llama3", "theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

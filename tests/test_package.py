@@ -11,8 +11,9 @@ import sysconfig
 import venv
 import zipfile
 
-import commands
 import pytest
+
+from tests.helpers import commands
 
 ROOT = commands.ROOT
 UV = shutil.which("uv")
@@ -74,7 +75,12 @@ def test_wheel_holds_both_packages_and_the_configs_and_nothing_else(wheel):
   held = {name for name in names if ".dist-info/" not in name}
   assert held == {*_tree("jaxfp8"), *_tree("pallas_kernels"), *(f"jaxfp8/{name}" for name in _tree("configs"))}
   assert len(names - held) == len({"METADATA", "WHEEL", "RECORD"})
-  for needed in ("jaxfp8/generate.py", "jaxfp8/chat_child.py", "jaxfp8/readers/gguf_file.py", "pallas_kernels/dispatch.py"):
+  for needed in (
+    "jaxfp8/generate.py",
+    "jaxfp8/text/chat_template_child.py",
+    "jaxfp8/checkpoint/readers/gguf_file.py",
+    "pallas_kernels/dispatch.py",
+  ):
     assert needed in held
   assert "jaxfp8/configs/models/llama-3.1-8b.toml" in held and "jaxfp8/configs/devices/gb10.toml" in held
 
@@ -112,7 +118,7 @@ def test_its_metadata(wheel):
 SCRIPT = """
 import json, jaxfp8, pallas_kernels
 from jaxfp8.config import configs_folder
-from jaxfp8.devices import device_names, load_device
+from jaxfp8.planning.devices import device_names, load_device
 config = jaxfp8.LlamaConfig.from_name("llama-3.1-8b")
 print(json.dumps({
   "homes": [jaxfp8.__file__, pallas_kernels.__file__, str(configs_folder())],

@@ -16,7 +16,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxfp8 import cli, readers
+from jaxfp8.checkpoint import readers
+from jaxfp8.commands import command as cli
 from jaxfp8.errors import InputError
 from jaxfp8.units import format_rate
 

@@ -11,12 +11,12 @@ import re
 
 from absl import flags
 
-from jaxfp8 import cli
-from jaxfp8.compiled_budget import Question, budgets
-from jaxfp8.devices import load_device
+from jaxfp8.commands import command as cli
+from jaxfp8.commands.compile_model import heading, make_table
 from jaxfp8.errors import InputError
+from jaxfp8.planning.compile_request import Question, budgets
+from jaxfp8.planning.devices import load_device
 from jaxfp8.units import format_bytes, format_seconds
-from tools.compile_model import heading, make_table
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("out", "docs", "Folder that the page is written to.", flag_values=FLAGS)

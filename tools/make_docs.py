@@ -13,14 +13,14 @@ import textwrap
 from absl import flags
 from rich.console import Console
 
-from jaxfp8 import cli
-from jaxfp8.advice import Speculation
-from jaxfp8.budget import decode_times
-from jaxfp8.devices import CPU, device_names
+from jaxfp8.commands import command as cli
 from jaxfp8.errors import InputError
-from jaxfp8.plan_plots import plot_plan
-from jaxfp8.plan_report import print_ceilings, print_memory, print_sweep, print_times, print_ways_out
-from jaxfp8.planner import DeploymentPlan, plan_deployment
+from jaxfp8.planning.advice import Speculation
+from jaxfp8.planning.deployment import decode_times
+from jaxfp8.planning.devices import CPU, device_names
+from jaxfp8.planning.planner import DeploymentPlan, plan_deployment
+from jaxfp8.planning.plots import plot_plan
+from jaxfp8.planning.report import print_ceilings, print_memory, print_sweep, print_times, print_ways_out
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
 
 FLAGS = flags.FlagValues()

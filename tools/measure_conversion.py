@@ -19,11 +19,11 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from jaxfp8 import cli
+from jaxfp8.checkpoint.export import config_to_hf
+from jaxfp8.checkpoint.readers import expected_tensors
+from jaxfp8.commands import command as cli
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.export import config_to_hf
-from jaxfp8.readers import expected_tensors
 from jaxfp8.units import format_bytes
 
 FLAGS = flags.FlagValues()

@@ -19,7 +19,7 @@ import time
 import numpy as np
 from absl import flags
 
-from jaxfp8 import cli
+from jaxfp8.commands import command as cli
 from jaxfp8.config import LlamaConfig, Recipe
 from jaxfp8.errors import InputError
 
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> int:
 
 def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
   """A checkpoint of random float8 bytes. `sizes` replace an 8B Llama's."""
-  from jaxfp8 import layout
-  from jaxfp8.checkpoint_folder import Manifest
-  from jaxfp8.checkpoint_writer import CheckpointWriter
-  from jaxfp8.layers import LayerFormat
+  from jaxfp8.checkpoint import layout
+  from jaxfp8.checkpoint.manifest import Manifest
+  from jaxfp8.checkpoint.writer import CheckpointWriter
+  from jaxfp8.model.layers import LayerFormat
 
   sizes = {"vocab_size": 16384, "eos_ids": (2,), "bos_id": 1} | sizes
   config = dataclasses.replace(LlamaConfig.from_name("llama-3.1-8b"), num_layers=num_layers, **sizes)
@@ -94,8 +94,8 @@ def load(folder: str, tensor: int) -> dict:
   import jax
   from flax import nnx
 
-  from jaxfp8.checkpoint import load_checkpoint, make_mesh
-  from jaxfp8.checkpoint_folder import read_manifest
+  from jaxfp8.checkpoint.load import load_checkpoint, make_mesh
+  from jaxfp8.checkpoint.manifest import read_manifest
 
   mesh = make_mesh(read_manifest(folder).config, tensor)
   np.asarray(jax.jit(lambda x: x + 1)(np.ones(4)))  # what a first program takes is no weight

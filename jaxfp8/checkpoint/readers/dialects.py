@@ -1,0 +1,241 @@
+"""The float8 dialects of Hugging Face folders: which tensor is whose scale, and what the config says of it.
+
+    weight F8_E4M3 [out, in]  with  weight_scale or weight_scale_inv beside it     both multiply: w ~= float(q) * scale
+    (), (1,), (1, 1)          one scale for the tensor       AutoFP8, ModelOpt, compressed-tensors "tensor"
+    (out,), (out, 1)          one an output row              compressed-tensors "channel", FBGEMM, ModelOpt per channel
+    (out/128, in/128), also as (out/128, 1, in/128, 1)       DeepSeek, compressed-tensors "block", ModelOpt FP8_PB_WO
+
+The tensors decide. The config only names the dialect, is refused where it names an algorithm that is not FP8, and is compared
+with the tensors: `Scheme.notes` says where the two disagree.
+"""
+
+import dataclasses
+import fnmatch
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxfp8.checkpoint.readers.safetensors_file import Header
+from jaxfp8.checkpoint.readers.source import FLOAT8, some_of
+from jaxfp8.config import BLOCK
+from jaxfp8.errors import InputError
+
+_METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
+_MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+_INPUT_SCALES = ("input_scale", "act_scale")  # the second: AutoFP8's first files
+# What holds a layer's KV scale, behind `model.layers.N.self_attn.`; kv_scale is for both, and the first that is there wins.
+_KV_SCALES = {
+  "k": ("k_scale", "attn.k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale", "attn.kv_scale"),
+  "v": ("v_scale", "attn.v_scale", "v_proj.v_scale", "qkv_proj.v_scale", "v_proj.output_scale", "kv_scale", "attn.kv_scale"),
+}
+_UNUSED = ("self_attn.q_scale", "self_attn.q_proj.output_scale")  # jaxfp8 keeps queries in the stream's dtype
+_MODULE = re.compile(r"(model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)|lm_head|model\.embed_tokens)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """How a folder's tensors are quantized, by module (`model.layers.0.mlp.up_proj`); empty for plain weights.
+
+  weights: module -> (name of its scale's tensor, "tensor", "channel" or "block128").
+  static: our name of an input or KV scale -> the tensor that holds it.
+  """
+
+  dialect: str = "plain"
+  weights: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+  static: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+
+
+def recognize(
+  folder: pathlib.Path, hf: Mapping[str, Any], quant_file: Mapping[str, Any] | None, headers: dict[str, Header]
+) -> Scheme:
+  """The scheme of a folder; takes the tensors that are scales out of `headers`.
+
+  Args:
+    hf: config.json.
+    quant_file: hf_quant_config.json, or None.
+
+  Raises:
+    InputError: an algorithm that is not FP8; F8 without a scale; a scale without F8; a scale of an odd shape.
+  """
+  config = _Config.of(folder, hf, quant_file)
+  weights = {}
+  for name, header in headers.items():
+    module, _, kind = name.rpartition(".")
+    if header.dtype == FLOAT8 and kind == "weight" and _MODULE.fullmatch(module):
+      weights[module] = _scale_beside(folder, module, header, headers)
+  for name, header in headers.items():
+    module, _, kind = name.rpartition(".")
+    if kind in _WEIGHT_SCALES and module not in weights:
+      beside = headers.get(f"{module}.weight")
+      what = f"{module}.weight, which is {_name(beside.dtype)}" if beside else f"no {module}.weight"
+      raise InputError(
+        f"readers: a scale must stand beside a float8 weight; {name} in {folder} stands beside {what}. "
+        "Fetch the checkpoint again."
+      )
+    if str(header.dtype).startswith("F8_"):
+      raise InputError(
+        f"readers: float8 weights must be F8_E4M3; {name} in {folder} is {header.dtype}. "
+        "Pass the checkpoint that it was made from."
+      )
+  static, used = _static_scales(headers, weights)
+  for name in [scale for scale, _ in weights.values()] + used:
+    headers.pop(name, None)
+  notes = config.disagreements(weights, static, headers)
+  return Scheme(config.dialect if weights or config.said else "plain", weights, static, notes)
+
+
+def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Mapping[str, Header]) -> tuple[str, str]:
+  """Name and granularity of the scale of one float8 weight."""
+  found = [f"{module}.{kind}" for kind in _WEIGHT_SCALES if f"{module}.{kind}" in headers]
+  if len(found) != 1:
+    what = "both are there" if found else "absent"
+    raise InputError(
+      f"readers: {module}.weight in {folder} is float8 and needs one scale, {module}.weight_scale or "
+      f"{module}.weight_scale_inv; {what}. Fetch the whole checkpoint again."
+    )
+  (name,) = found
+  shape, dtype = headers[name].shape, headers[name].dtype
+  if not isinstance(dtype, np.dtype) or dtype == FLOAT8:
+    raise InputError(
+      f"readers: scales must be F32, F16, BF16 or F8_E8M0; {name} in {folder} is {_name(dtype)}. Fetch the checkpoint again."
+    )
+  if len(weight.shape) == 2:
+    out, inside = weight.shape
+    blocks = (-(-out // BLOCK), -(-inside // BLOCK))
+    if shape in ((), (1,)) or (shape == (1, 1) and blocks != (1, 1)):
+      return name, "tensor"
+    if shape in ((out,), (out, 1)) and shape != blocks:
+      return name, "channel"
+    if shape in (blocks, (blocks[0], 1, blocks[1], 1)):
+      # A weight within one block has a scale that may be called either; its name tells which the others are.
+      return name, "block128" if blocks != (1, 1) or len(shape) == 4 or name.endswith("_inv") else "tensor"
+  raise InputError(
+    f"readers: a scale must be one number, one a row or one a block of {BLOCK} x {BLOCK}; {name} in {folder} has shape "
+    f"{list(shape)} beside {module}.weight of shape {list(weight.shape)}. jaxfp8 reads no other blocks."
+  )
+
+
+def _static_scales(headers: Mapping[str, Header], weights: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+  """(our name -> tensor, all tensors to take out): scales of inputs and of keys and values."""
+  static, used = {}, []
+  layers = {match[1] for name in headers if (match := re.match(r"(model\.layers\.\d+)\.", name))}
+  for module in weights:
+    for kind in _INPUT_SCALES:
+      if f"{module}.{kind}" in headers:
+        static.setdefault(f"{module}.input_scale", f"{module}.{kind}")
+        used.append(f"{module}.{kind}")
+  for layer in sorted(layers):
+    for which, names in _KV_SCALES.items():
+      found = [f"{layer}.self_attn.{name}" for name in names if f"{layer}.self_attn.{name}" in headers]
+      if found:
+        static[f"{layer}.self_attn.{which}_scale"] = found[0]
+      used += found
+    used += [f"{layer}.{name}" for name in _UNUSED if f"{layer}.{name}" in headers]
+  return static, used
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+  """What the config files say: the dialect's name, which modules they leave out, and whether inputs are static."""
+
+  dialect: str
+  said: bool
+  ignore: tuple[str, ...]
+  static: bool | None
+
+  @classmethod
+  def of(cls, folder: pathlib.Path, hf: Mapping[str, Any], quant_file: Mapping[str, Any] | None) -> "_Config":
+    scheme = hf.get("quantization_config") or hf.get("compression_config") or {}
+    if not isinstance(scheme, Mapping):
+      raise _refuse(folder, f"quantization_config {scheme!r}")
+    if quant_file is not None:
+      inner = quant_file.get("quantization", {})
+      if not isinstance(inner, Mapping):
+        raise _refuse(folder, f"quantization {inner!r} in hf_quant_config.json")
+      scheme = {"quant_method": "modelopt", **inner, **scheme}
+    if not scheme:
+      return cls("float8 tensors without a config", False, (), None)
+    method = str(scheme.get("quant_method", "compressed-tensors" if "config_groups" in scheme else "unnamed"))
+    algorithm = scheme.get("quant_algo")
+    if algorithm and method == "modelopt" and str(algorithm).upper() not in _MODELOPT_ALGORITHMS:
+      raise _refuse(folder, f"quant_algo {algorithm!r}")
+    if method not in _METHODS:
+      raise _refuse(folder, f"quant_method {method!r}")
+    groups = scheme.get("config_groups")
+    groups = [group for group in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(group, Mapping)]
+    for group in groups:
+      weights = group.get("weights")
+      if isinstance(weights, Mapping) and (weights.get("type", "float"), weights.get("num_bits", 8)) != ("float", 8):
+        raise _refuse(folder, f"weights of {weights.get('num_bits')!r} bits and type {weights.get('type')!r}")
+    names = [scheme.get(key) for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "exclude")]
+    ignore = tuple(str(entry) for entries in names if isinstance(entries, list) for entry in entries)
+    return cls(_dialect(method, scheme, algorithm), True, ignore, _static(method, scheme, groups))
+
+  def disagreements(self, weights, static, headers: Mapping[str, Header]) -> tuple[str, ...]:
+    """One sentence for each way in which config and tensors differ."""
+    notes = []
+    if not self.said:
+      return ("the config names no quantization, and weights are float8",) if weights else ()
+    plain = [name.removesuffix(".weight") for name in headers if name.endswith("_proj.weight")]
+    plain = [module for module in plain if module not in weights and not self._ignores(module)]
+    quantized = [module for module in weights if self._ignores(module)]
+    if plain:
+      notes.append(f"the config quantizes {some_of(plain)}, and the weights are not float8")
+    if quantized:
+      notes.append(f"the config leaves out {some_of(quantized)}, and the weights are float8")
+    without = [module for module in weights if f"{module}.input_scale" not in static]
+    if self.static and without:
+      notes.append(f"the config says that inputs have static scales, and {some_of(without)} has none")
+    if self.static is False and len(without) < len(weights):
+      notes.append("the config says that inputs are scaled dynamically, and static scales are there")
+    return tuple(notes)
+
+  def _ignores(self, module: str) -> bool:
+    return any(_names(entry, module) for entry in self.ignore)
+
+
+def _names(entry: str, module: str) -> bool:
+  """Whether an entry of an ignore list names a module: by its name, a part of it, a wildcard, or `re:` and an expression."""
+  if entry.startswith("re:"):
+    try:
+      return re.match(entry[3:], module) is not None
+    except re.error:
+      return False
+  inside = entry == module or module.endswith("." + entry) or module.startswith(entry.rstrip(".") + ".")
+  return inside or entry == "Linear" or ("*" in entry and fnmatch.fnmatchcase(module, entry))
+
+
+def _dialect(method: str, scheme: Mapping[str, Any], algorithm: Any) -> str:
+  if method == "modelopt":
+    return f"modelopt {str(algorithm or 'FP8').upper()}"
+  if method == "fp8":
+    return "fp8 block128" if scheme.get("weight_block_size") else f"fp8 {scheme.get('activation_scheme', 'static')}"
+  return method
+
+
+def _static(method: str, scheme: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> bool | None:
+  """Whether the config says that inputs have static scales; None where it does not say."""
+  if method == "fp8":
+    return {"static": True, "dynamic": False}.get(str(scheme.get("activation_scheme")))
+  if method == "fbgemm_fp8":
+    return False
+  inputs = [group.get("input_activations") for group in groups]
+  if not inputs:
+    return None
+  return any(isinstance(entry, Mapping) and entry.get("dynamic") is False for entry in inputs)
+
+
+def _name(dtype: np.dtype | str) -> str:
+  return dtype if isinstance(dtype, str) else dtype.name
+
+
+def _refuse(folder: pathlib.Path, what: str) -> InputError:
+  return InputError(
+    f"readers: quantized weights must be FP8 (compressed-tensors, ModelOpt, FBGEMM, AutoFP8 or blocks of 128); {folder} has "
+    f"{what}. Pass an FP8 checkpoint, or the float16 or bfloat16 one that it was made from."
+  )

@@ -1,0 +1,197 @@
+"""What every checkpoint reader offers: one `Source`, in Hugging Face's names and layouts, one tensor at a time.
+
+It refuses to know jax, quantization and the program's layouts: it hands out what the file holds, as numpy.
+Everything that can be checked without reading a weight is checked when the source is opened; what `read` returns is finite.
+"""
+
+import abc
+import os
+import pathlib
+from collections.abc import Collection, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
+from jaxfp8.config import BLOCK, LlamaConfig
+from jaxfp8.errors import InputError
+
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+HEAD = "lm_head.weight"
+_CHUNK_BYTES = 64 << 20  # of weights looked at per pass for NaN and Inf, so that the temporaries stay small
+
+
+class Source(abc.ABC):
+  """An opened checkpoint. `config` is validated, and every tensor that it needs is there with the right shape.
+
+  Names are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`); linear weights are [out, in]. Bytes stay on
+  disk until `read`.
+  """
+
+  path: pathlib.Path
+  config: LlamaConfig
+  dialect: str = "plain"  # whose float8 it holds, for people
+  notes: tuple[str, ...] = ()  # where config and tensors disagree
+
+  @abc.abstractmethod
+  def names(self) -> tuple[str, ...]:
+    """The tensors that the config needs, in the order of `expected_tensors`."""
+
+  @abc.abstractmethod
+  def dtype(self, name: str) -> np.dtype:
+    """What `read` will return: float32, float16, bfloat16, or float8_e4m3fn for a weight that has a scale."""
+
+  @abc.abstractmethod
+  def shape(self, name: str) -> tuple[int, ...]: ...
+
+  @abc.abstractmethod
+  def read(self, name: str) -> np.ndarray:
+    """One tensor, perhaps a read-only view of the file. Raises InputError, naming the tensor, on NaN and Inf."""
+
+  def granularity(self, name: str) -> str | None:
+    """What one scale of a float8 weight covers: "tensor", "channel" or "block128"; None for a plain weight."""
+    return None
+
+  def read_scale(self, name: str) -> np.ndarray:
+    """The scale of a float8 weight [out, in], float32: [out] (also for "tensor") or [ceil(out / 128), ceil(in / 128)]."""
+    raise KeyError(name)
+
+  def static_scales(self) -> tuple[str, ...]:
+    """Names of the static scales that are there: MODULE.input_scale, and k_scale and v_scale behind `self_attn.`."""
+    return ()
+
+  def read_static(self, name: str) -> np.ndarray:
+    """float32: [] for an input, [K] for keys and values. Raises InputError unless it is positive and finite."""
+    raise KeyError(name)
+
+  @property
+  @abc.abstractmethod
+  def tokenizer(self) -> TokenizerFiles:
+    """Read when asked for. Raises InputError for a checkpoint without a tokenizer."""
+
+  @abc.abstractmethod
+  def files(self) -> list[pathlib.Path]:
+    """The files whose content determines weights, config and tokenizer."""
+
+
+def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+  """Name and shape of each tensor of a Llama, in the order of the computation."""
+  D, F, H = config.d_model, config.d_ff, config.head_dim
+  heads, kv_heads = config.num_heads * H, config.num_kv_heads * H
+  shapes = {"model.embed_tokens.weight": (config.vocab_size, D)}
+  for layer in range(config.num_layers):
+    prefix = f"model.layers.{layer}."
+    shapes |= {
+      prefix + "input_layernorm.weight": (D,),
+      prefix + "self_attn.q_proj.weight": (heads, D),
+      prefix + "self_attn.k_proj.weight": (kv_heads, D),
+      prefix + "self_attn.v_proj.weight": (kv_heads, D),
+      prefix + "self_attn.o_proj.weight": (D, heads),
+      prefix + "post_attention_layernorm.weight": (D,),
+      prefix + "mlp.gate_proj.weight": (F, D),
+      prefix + "mlp.up_proj.weight": (F, D),
+      prefix + "mlp.down_proj.weight": (D, F),
+    }
+  shapes["model.norm.weight"] = (D,)
+  if not config.tied_embeddings:
+    shapes[HEAD] = (config.vocab_size, D)
+  return shapes
+
+
+def check_tensors(
+  path: pathlib.Path,
+  config: LlamaConfig,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtypes: Mapping[str, np.dtype | str],
+  quantized: Collection[str] = (),
+) -> None:
+  """Raises InputError unless `shapes` are exactly the tensors of `config`, in dtypes that jaxfp8 reads.
+
+  A head beside tied embeddings is allowed and not used. `dtypes` holds the file's own name where it is not one of `DTYPES`.
+  `quantized`: weights that may be float8.
+  """
+  if config.num_layers > len(shapes):  # said here, since a damaged config may ask for a billion
+    raise InputError(
+      f"readers: the config says num_layers={config.num_layers}, and {path} holds {len(shapes)} tensors. "
+      "Use the config that belongs to these weights."
+    )
+  expected = expected_tensors(config)
+  missing = [name for name in expected if name not in shapes]
+  if missing == [HEAD]:
+    raise InputError(
+      f"readers: the config says that embeddings are not tied, so {path} must hold {HEAD}; it is absent. "
+      "Set tie_word_embeddings in config.json, or fetch the missing shard."
+    )
+  if missing:
+    raise InputError(f"readers: {path} must hold {some_of(missing)}; absent. Fetch the whole checkpoint again.")
+  unknown = [name for name in shapes if name not in expected and name != HEAD]
+  if unknown:
+    raise InputError(
+      f"readers: {path} holds {some_of(unknown)}, which no Llama of jaxfp8 uses. "
+      "Pass a plain LlamaForCausalLM: no biases, no experts, no adapters."
+    )
+  for name, shape in expected.items():
+    if tuple(shapes[name]) != shape:
+      raise InputError(
+        f"readers: {name} in {path} must have shape {list(shape)} by the config; got {list(shapes[name])}. "
+        "Use the config that belongs to these weights."
+      )
+    if dtypes[name] not in DTYPES and name not in quantized:
+      raise InputError(
+        f"readers: {name} in {path} must be float32, float16 or bfloat16; got {dtypes[name]}. Convert it to bfloat16 first."
+      )
+
+
+def check_finite(name: str, array: np.ndarray, path: pathlib.Path) -> None:
+  """Raises InputError naming the tensor and the first bad index."""
+  rows = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
+  for start in range(0, array.shape[0], rows):
+    bad = _not_finite(array[start : start + rows])
+    if bad.any():
+      index = [int(i) for i in np.argwhere(bad)[0]]
+      index[0] += start
+      raise InputError(
+        f"readers: weights must be finite; {name} in {path} is {array[tuple(index)]} at {index}. Fetch the checkpoint again."
+      )
+
+
+def expand_scale(name: str, scale: np.ndarray, shape: tuple[int, ...], granularity: str, path: pathlib.Path) -> np.ndarray:
+  """A scale as `Source.read_scale` promises it. Raises InputError unless it is finite and not negative."""
+  if not (np.isfinite(scale) & (scale >= 0)).all():
+    raise InputError(
+      f"readers: scales must be finite and not negative; {name} in {path} holds "
+      f"{scale[~(np.isfinite(scale) & (scale >= 0))].flat[0]}. Fetch the checkpoint again."
+    )
+  if granularity == "tensor":
+    return np.full(shape[:1], scale.reshape(()), np.float32)
+  if granularity == "channel":
+    return scale.reshape(-1)
+  return scale.reshape(-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+
+
+def _not_finite(array: np.ndarray) -> np.ndarray:
+  """NaN and Inf have an exponent of ones; on the bits, since ml_dtypes has no fast isfinite. float8_e4m3fn has no Inf."""
+  if array.dtype == FLOAT8:
+    return (array.view(np.uint8) & 0x7F) == 0x7F
+  if array.dtype == np.float32:
+    return ~np.isfinite(array)
+  mask = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+  return (array.view(np.uint16) & mask) == mask
+
+
+def some_of(names: Collection[str]) -> str:
+  """The first three, and how many more."""
+  names = list(names)
+  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def read_text(path: pathlib.Path) -> str:
+  """Links are followed, since download caches are made of them, but only to files: a device has no end."""
+  if path.exists() and not path.is_file():
+    raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    raise InputError(f"readers: cannot read {path}: {reason}. Fetch the file again.") from error

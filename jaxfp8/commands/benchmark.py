@@ -1,0 +1,246 @@
+"""`python -m tools.benchmark`: how fast this machine runs a model, beside what its memory allows.
+
+For every --weights, --batch and --prompt_tokens: prefill and decode tokens/s, time to the first token, peak memory and the
+share of the memory bandwidth that decode reaches. Each --weights runs in a process of its own, so that peak memory is its
+own. Start-up is the time of `jaxfp8.generate` to its first token with an empty cache (cold) and with a filled one (warm).
+Figures are medians over --repeats runs. The last line is one JSON list.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxfp8.commands import command as cli
+from jaxfp8.config import WEIGHT_DTYPES
+from jaxfp8.errors import InputError
+from jaxfp8.planning.devices import measure_cpu
+from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
+from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
+
+FLAGS = flags.FlagValues()
+
+
+def _define(kind, *args, **kwargs) -> None:
+  kind(*args, flag_values=FLAGS, **kwargs)
+
+
+_define(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8, Hugging Face folder or GGUF file.")
+_define(flags.DEFINE_list, "weights", ["fp8", "bf16", "f32"], "Which weights, separated by commas.")
+_define(flags.DEFINE_list, "batch", ["1", "8", "32"], "Sequences at once.")
+_define(flags.DEFINE_list, "prompt_tokens", ["128", "512"], "Tokens of each prompt.")
+_define(flags.DEFINE_integer, "new_tokens", 64, "Tokens generated for each sequence.")
+_define(flags.DEFINE_integer, "repeats", 3, "Runs of each case; the medians are reported.")
+_define(flags.DEFINE_bool, "start_up", True, "Also measure start-up, cold and warm.")
+_define(flags.DEFINE_string, "plot", None, "Write throughput over batch with the roofline to this png, svg or pdf.")
+_define(flags.DEFINE_bool, "json", False, "Print only the JSON list.")
+_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Keeps converted weights and programs; empty: nowhere.")
+_define(flags.DEFINE_string, "worker", None, "Internal: measure these weights in this process.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One case. Rates are tokens/s of all sequences together; ceiling_tok_s is the roofline of decode for this case."""
+
+  weights: str
+  batch: int
+  prompt_tokens: int
+  new_tokens: int
+  prefill_tok_s: float
+  decode_tok_s: float
+  ttft_s: float
+  peak_rss_bytes: int
+  bandwidth_fraction: float
+  ceiling_tok_s: float
+  device: str
+  jax_version: str
+
+
+def main(argv: list[str]) -> int:
+  _check(argv)
+  if FLAGS.worker:
+    for result in _measure(FLAGS.worker):
+      print(json.dumps(dataclasses.asdict(result)), flush=True)
+    return 0
+  if FLAGS.plot:
+    check_plot_path(FLAGS.plot)
+  console = Console(stderr=FLAGS.json)
+  if FLAGS.cache_dir:  # where every process reads it; without, each measures for itself
+    measure_cpu(FLAGS.cache_dir, again=True)
+  rows = []
+  for weights in FLAGS.weights:
+    rows += _run_worker(weights)
+  start_up = [_start_up(weights) for weights in FLAGS.weights] if FLAGS.start_up else []
+  if not FLAGS.json:
+    _print(console, rows, start_up)
+  if FLAGS.plot:
+    _plot(rows, FLAGS.plot)
+  for row in rows:
+    row |= next((entry for entry in start_up if entry["weights"] == row["weights"]), {})
+  print(json.dumps(rows))
+  return 0
+
+
+def _check(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise InputError(f"benchmark: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
+  for name in ("batch", "prompt_tokens"):
+    for value in FLAGS[name].value:
+      if not value.isdigit() or int(value) < 1:
+        raise InputError(f"benchmark: --{name} must be positive whole numbers; got {value!r}. Pass for example --{name}=1,8.")
+  for value in FLAGS.weights:
+    if value not in WEIGHT_DTYPES:
+      raise InputError(f"benchmark: --weights must be of {', '.join(WEIGHT_DTYPES)}; got {value!r}.")
+  if FLAGS.new_tokens < 2 or FLAGS.repeats < 1:
+    raise InputError(f"benchmark: needs 2 new tokens and 1 repeat at least; got {FLAGS.new_tokens} and {FLAGS.repeats}.")
+
+
+def _run_worker(weights: str) -> list[dict]:
+  command = [sys.executable, "-m", "tools.benchmark", f"--worker={weights}", *_passed_on()]
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+  if done.returncode:
+    raise InputError(f"benchmark: the run with --weights={weights} ended with code {done.returncode}; its message is above.")
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _passed_on() -> list[str]:
+  names = ("batch", "prompt_tokens", "new_tokens", "repeats", "cache_dir")
+  values = {name: FLAGS[name].value for name in names}
+  texts = [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
+  return texts + ([f"--checkpoint={FLAGS.checkpoint}"] if FLAGS.checkpoint else [])
+
+
+def _measure(weights: str):
+  """Yields a Result per batch and prompt length, largest memory last."""
+  import jax
+  import numpy as np
+
+  from jaxfp8.mesh import ONE_DEVICE
+  from jaxfp8.model.sampling import SamplingParams
+  from jaxfp8.planning.roofline import bound, decode_step
+  from jaxfp8.progress import Progress
+  from jaxfp8.serving import startup
+  from jaxfp8.serving.engine import Engine, Request, Stats
+  from jaxfp8.serving.run_report import find_device
+
+  cli.keep_compiled_programs(FLAGS.cache_dir)
+  wishes = startup.Wishes(checkpoint=FLAGS.checkpoint, weights=weights, cache_dir=FLAGS.cache_dir)
+  opened = startup.open_model(wishes, Progress())
+  device, config = find_device(jax.devices()[0], FLAGS.cache_dir), opened.model.config
+  rng = np.random.default_rng(0)
+  for batch in map(int, FLAGS.batch):
+    for length in map(int, FLAGS.prompt_tokens):
+      limits = startup.limits_for(opened.model, opened.mesh, [(length, FLAGS.new_tokens)] * batch)
+      engine = Engine(opened.model, mesh=opened.mesh, limits=limits)
+      engine.compile()
+      params = SamplingParams(max_new_tokens=FLAGS.new_tokens, ignore_eos=True)
+      runs = []
+      for repeat in range(FLAGS.repeats + 1):
+        engine.stats = Stats()
+        prompts = rng.integers(0, config.vocab_size, (batch, length))
+        completions = engine.generate([Request(tuple(prompt), params) for prompt in prompts.tolist()])
+        if repeat:  # the first run warms up
+          runs.append((engine.stats, statistics.median(c.ttft_s for c in completions)))
+      cost = decode_step(config, opened.recipe, [length + FLAGS.new_tokens // 2] * batch, ONE_DEVICE)
+      step = statistics.median(stats.decode_seconds / len(stats.decode_lengths) for stats, _ in runs)
+      yield Result(
+        weights=weights,
+        batch=batch,
+        prompt_tokens=length,
+        new_tokens=FLAGS.new_tokens,
+        prefill_tok_s=statistics.median(stats.prefill_tokens / stats.prefill_seconds for stats, _ in runs),
+        decode_tok_s=statistics.median(stats.decode_tokens / stats.decode_seconds for stats, _ in runs),
+        ttft_s=statistics.median(ttft for _, ttft in runs),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        bandwidth_fraction=cost.memory_bytes / step / device.bandwidth,
+        ceiling_tok_s=batch / bound(cost, device).step,
+        device=device.title,
+        jax_version=jax.__version__,
+      )
+
+
+def _start_up(weights: str) -> dict:
+  """Seconds of `generate` to its first token with an empty and with a filled cache, and peak memory of the second."""
+  with tempfile.TemporaryDirectory() as cache_dir:
+    cold, _ = _first_token(weights, cache_dir)
+    runs = [_first_token(weights, cache_dir) for _ in range(FLAGS.repeats)]
+  return {
+    "weights": weights,
+    "start_cold_s": cold,
+    "start_warm_s": statistics.median(seconds for seconds, _ in runs),
+    "generate_peak_rss_bytes": max(peak for _, peak in runs),
+  }
+
+
+def _first_token(weights: str, cache_dir: str) -> tuple[float, int]:
+  command = [sys.executable, "-m", "jaxfp8.generate", "--prompt=Hello", "--max_new_tokens=2", f"--weights={weights}"]
+  command += [f"--cache_dir={cache_dir}"] + ([f"--checkpoint={FLAGS.checkpoint}"] if FLAGS.checkpoint else [])
+  start = time.perf_counter()
+  child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  child.stdout.read(1)
+  seconds = time.perf_counter() - start
+  child.stdout.read()
+  _, status, usage = os.wait4(child.pid, 0)
+  child.returncode = os.waitstatus_to_exitcode(status)
+  if child.returncode:
+    raise InputError(f"benchmark: generate with --weights={weights} ended with code {child.returncode}. Run it by hand.")
+  return seconds, usage.ru_maxrss * 1024
+
+
+def _print(console: Console, rows: list[dict], start_up: list[dict]) -> None:
+  table = Table(title=f"{rows[0]['device']}, jax {rows[0]['jax_version']}; tokens/s of all sequences", title_justify="left")
+  for name in ("weights", "batch", "prompt", "prefill", "decode", "ceiling", "bandwidth", "first token", "peak memory"):
+    table.add_column(name, justify="left" if name == "weights" else "right")
+  for row in rows:
+    table.add_row(
+      row["weights"],
+      str(row["batch"]),
+      str(row["prompt_tokens"]),
+      *(format_rate(row[name]) for name in ("prefill_tok_s", "decode_tok_s", "ceiling_tok_s")),
+      format_share(row["bandwidth_fraction"]),
+      format_seconds(row["ttft_s"]),
+      format_bytes(row["peak_rss_bytes"]),
+    )
+  console.print(table)
+  for entry in start_up:
+    console.print(
+      f"{entry['weights']}: first token {format_seconds(entry['start_cold_s'])} after a cold start, "
+      f"{format_seconds(entry['start_warm_s'])} after a warm one; peak memory {format_bytes(entry['generate_peak_rss_bytes'])}"
+    )
+
+
+def _plot(rows: list[dict], path: str) -> None:
+  """Decode throughput over batch, one line per weights and prompt length, each with its ceiling dashed."""
+  figure = new_figure(9, 5)
+  axes = figure.subplots()
+  lengths = sorted({row["prompt_tokens"] for row in rows})
+  for place, weights in enumerate(dict.fromkeys(row["weights"] for row in rows)):
+    for length, marker in zip(lengths, MARKERS, strict=False):
+      mine = [row for row in rows if (row["weights"], row["prompt_tokens"]) == (weights, length)]
+      batches = [row["batch"] for row in mine]
+      axes.plot(
+        batches, [row["decode_tok_s"] for row in mine], marker=marker, color=COLOURS[place], label=f"{weights}, prompt {length}"
+      )
+      if length == lengths[0]:
+        axes.plot(batches, [row["ceiling_tok_s"] for row in mine], "--", color=COLOURS[place], label=f"{weights}, roofline")
+  axes.set(xscale="log", yscale="log", xlabel="sequences at once", ylabel="decode tokens/s, all sequences")
+  batches = sorted({row["batch"] for row in rows})
+  axes.set_xticks(batches, [str(batch) for batch in batches])
+  axes.minorticks_off()
+  axes.grid(alpha=0.3)
+  axes.set_title(rows[0]["device"], fontsize=10)
+  figure.legend(loc="outside right upper", fontsize=8)
+  save_figure(figure, path)
+
+
+if __name__ == "__main__":
+  cli.run(main, FLAGS)

@@ -1,0 +1,125 @@
+"""Static scales, and better rounded weights, from text: reads a model, writes a new checkpoint that has them.
+
+    python -m tools.calibrate --output FOLDER
+    python -m tools.calibrate --checkpoint FOLDER_OR_GGUF --output FOLDER --rounding=gptq --activations=fp8
+
+Runs text through the model one layer at a time and records how large the inputs of every linear layer, and the keys and
+values of every head, become. --scales chooses what a scale represents: the largest (max), nearly the largest (percentile) or
+what has the least squared error (mse). Weights of a source that is not float8 are rounded by --rounding. The text is the part
+of CPython's pydoc_data.topics that tools.evaluate does not predict, or --text. The last line is one JSON object.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxfp8.commands import command as cli
+from jaxfp8.commands import evaluate
+from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, Recipe
+from jaxfp8.errors import InputError
+
+FLAGS = flags.FlagValues()
+PIPE_WIDTH = 128
+
+
+def _define(kind, *args, **kwargs) -> None:
+  kind(*args, flag_values=FLAGS, **kwargs)
+
+
+_define(flags.DEFINE_string, "checkpoint", None, "Hugging Face folder, GGUF file or checkpoint of jaxfp8 (default model).")
+_define(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
+_define(flags.DEFINE_string, "text", None, "UTF-8 text to calibrate on, all of it; the default is a part of pydoc_data.topics.")
+_define(flags.DEFINE_integer, "tokens", 8192, "Tokens to run, in chunks spread evenly over the text.")
+_define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk.")
+_define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen a static scale represents.")
+_define(flags.DEFINE_enum, "rounding", "nearest", evaluate.ROUNDINGS, "How weights are rounded that are not float8 yet.")
+_define(flags.DEFINE_enum, "granularity", None, GRANULARITIES, "What one weight scale covers (the source's own, or channel).")
+_define(flags.DEFINE_enum, "activations", "fp8_static", ACTIVATION_DTYPES, "What the checkpoint is made to run in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8_static", ACTIVATION_DTYPES, "What its KV pages are to hold.")
+_define(flags.DEFINE_multi_string, "keep_bf16", [], "Matrices whose name this expression matches stay bf16; repeatable.")
+_define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command. Raises InputError."""
+  if len(argv) > 1:
+    raise InputError(f"calibrate: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
+  if not FLAGS.output:
+    raise InputError("calibrate: --output must be given. Run with --help to see the flags.")
+  if pathlib.Path(FLAGS.output).exists():
+    raise InputError(f"calibrate: {FLAGS.output} exists already. Pass another --output, or remove it first.")
+  from jaxfp8.checkpoint import convert, readers
+  from jaxfp8.checkpoint.open import open_any
+  from jaxfp8.progress import Progress
+  from jaxfp8.quantization import calibration
+
+  source = open_any(FLAGS.checkpoint or readers.default_model())
+  chunks, text = _chunks(source)
+  with Progress() as progress, progress.task("Calibrating") as report:
+    done = calibration.calibrate(
+      source.path,
+      FLAGS.output,
+      chunks,
+      _recipe(source, convert.default_recipe(source)),
+      rounding=FLAGS.rounding,
+      scales=FLAGS.scales,
+      keep_bf16=FLAGS.keep_bf16,
+      provenance={"text": text},
+      progress=report,
+    )
+  lines = [
+    {"layer": s.layer, "of": s.name, "amax": s.amax.tolist(), **{name: scale.tolist() for name, scale in s.scales.items()}}
+    for s in done.seen
+  ]
+  if not FLAGS.json:
+    _print_table(lines)
+    print(f"{FLAGS.output}: {chunks.size:,} tokens of {text}; {FLAGS.scales} scales, {FLAGS.rounding} rounding.")
+  print(json.dumps({"output": FLAGS.output, "tokens": int(chunks.size), "text": text, "scales": FLAGS.scales, "seen": lines}))
+  return 0
+
+
+def _recipe(source, default: Recipe) -> Recipe:
+  recipe = source.manifest.recipe if source.dialect == "jaxfp8" else default
+  activations = FLAGS.activations if recipe.weights == "fp8" or FLAGS["activations"].present else recipe.activations
+  granularity = FLAGS.granularity or recipe.granularity
+  return dataclasses.replace(recipe, granularity=granularity, activations=activations, kv=FLAGS.kv_cache)
+
+
+def _chunks(source):
+  """(token ids [chunks, context], what the text is)."""
+  from jaxfp8.quantization import quality
+
+  text, name = evaluate.read_text(FLAGS.text)
+  tokens, bos = evaluate.encode(source, text)
+  if FLAGS.text:
+    return cut_text(tokens, bos, FLAGS.tokens, FLAGS.context), name
+  held_out = quality.cut_chunks(tokens, evaluate.FLAGS["tokens"].default, evaluate.FLAGS["context"].default, bos)
+  return quality.cut_training_chunks(tokens, FLAGS.tokens, FLAGS.context, held_out, bos), name
+
+
+def cut_text(tokens: list[int], bos: int | None, num_tokens: int, context: int):
+  """int32 [chunks, context], evenly over a text that is for calibration alone. Raises InputError for one too short."""
+  from jaxfp8.quantization import quality
+
+  count = min(num_tokens, len(tokens)) // context
+  return quality.cut_chunks(tokens, count * (context - 1), context - 1, bos)
+
+
+def _print_table(lines: list[dict]) -> None:
+  """The largest size of each, and the largest that each choice of scales represents."""
+  table = Table(box=None, pad_edge=False)
+  for place, header in enumerate(("layer", "of", "amax", "percentile", "mse")):
+    table.add_column(header, justify="left" if place == 1 else "right", no_wrap=True)
+  for line in lines:
+    sizes = [max(line["amax"]), *(448 * max(line[name]) for name in ("percentile", "mse"))]
+    table.add_row(str(line["layer"]), line["of"], *(f"{size:.4g}" for size in sizes))
+  (Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)).print(table)
+
+
+if __name__ == "__main__":
+  cli.run(main, FLAGS)

@@ -1,0 +1,185 @@
+"""`python -m jaxfp8.plan`: will it fit, how fast can it be, and is what I see normal? Needs no GPU, no weights and no jax.
+
+    python -m jaxfp8.plan --model llama-3.1-70b --device gb10 --observed 3.0
+
+prints memory per device, ceilings per batch with the time by part, what published systems reach, the ways out, and a
+verdict on the observed speed. Ends with code 1 and one sentence when the model does not fit or the question is wrong.
+"""
+
+import functools
+import json
+import pathlib
+import sys
+
+from absl import flags
+from rich.console import Console
+
+from jaxfp8.checkpoint.readers import read_config
+from jaxfp8.commands import command as cli
+from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
+from jaxfp8.errors import InputError
+from jaxfp8.mesh import round_up
+from jaxfp8.planning.advice import Speculation
+from jaxfp8.planning.compile_request import Question, budgets
+from jaxfp8.planning.devices import device_names
+from jaxfp8.planning.planner import DeploymentPlan, plan_deployment
+from jaxfp8.planning.plots import plot_plan
+from jaxfp8.planning.report import print_plan, print_sweep, shortfall_sentence
+from jaxfp8.planning.roofline import PREFILL_CHUNK
+from jaxfp8.plots import check_plot_path
+
+PIPE_WIDTH = 120  # columns when the output is not a terminal
+
+# Flags of this command alone: with absl's global FLAGS, importing two commands in one process would be an error.
+FLAGS = flags.FlagValues()
+
+
+def _define(kind, *args, **kwargs) -> None:
+  kind(*args, flag_values=FLAGS, **kwargs)
+
+
+_define(flags.DEFINE_string, "model", None, "Name in configs/models, TOML, config.json, checkpoint folder or GGUF file.")
+_define(flags.DEFINE_list, "device", [], "Name in configs/devices, a TOML of your own, or cpu; several only with --sweep.")
+_define(flags.DEFINE_integer, "count", None, "Devices in all: tensor times data.")
+_define(flags.DEFINE_integer, "tensor", None, "Devices over which one copy of the model is cut.")
+_define(flags.DEFINE_integer, "data", None, "Copies of the model.")
+_define(flags.DEFINE_list, "batch", ["1", "8", "32"], "Batch sizes, over all devices.")
+_define(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds (8192, or what the model has).")
+_define(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
+_define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
+_define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one FP8 weight scale covers.")
+_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_DTYPES), "What the linear layers multiply in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_DTYPES, "What the KV cache is stored in.")
+_define(flags.DEFINE_integer, "page_tokens", 64, "Tokens in a page of the KV cache: 32, 64 or 128.")
+_define(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
+_define(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")
+_define(flags.DEFINE_float, "acceptance", 0.7, "Speculation: probability that a drafted token is accepted.")
+_define(flags.DEFINE_integer, "draft_tokens", 4, "Speculation: tokens drafted a step.")
+_define(flags.DEFINE_string, "plot", None, "Write the roofline and throughput against latency to this png, svg or pdf.")
+_define(flags.DEFINE_bool, "compile", False, "Take temporaries from compiled programs, not an estimate; needs the cuda extra.")
+_define(flags.DEFINE_integer, "compile_timeout", 600, "Seconds that --compile may take.")
+_define(flags.DEFINE_bool, "sweep", False, "Compare devices in one table: those in --device, or all that are known.")
+_define(flags.DEFINE_bool, "json", False, "Print one JSON object instead of tables.")
+_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where --device=cpu keeps what it measured; empty: nowhere.")
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; argv[0] is the program. Returns the exit code: 1 when the model does not fit. Raises InputError."""
+  if len(argv) > 1:
+    raise InputError(f"plan: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
+  if not FLAGS.model:
+    raise InputError("plan: --model is missing. Pass for example --model=llama-3.1-70b.")
+  if FLAGS.sweep:
+    return _sweep()
+  if len(FLAGS.device) != 1:
+    raise InputError(
+      f"plan: --device must name one device; got {','.join(FLAGS.device) or 'none'}. "
+      f"Known are {', '.join(device_names())}; --sweep compares several."
+    )
+  if FLAGS.plot:
+    check_plot_path(FLAGS.plot)
+  plan = _plan(FLAGS.device[0])
+  if FLAGS.json:
+    print(json.dumps(plan.to_json()))
+  else:
+    print_plan(_console(), plan)
+  if FLAGS.plot:
+    plot_plan(plan, FLAGS.plot)
+  if not plan.fits:
+    print(shortfall_sentence(plan), file=sys.stderr)
+  return 0 if plan.fits else 1
+
+
+def _sweep() -> int:
+  for name in ("observed", "plot", "compile"):
+    if FLAGS[name].value not in (None, False):
+      raise InputError(f"plan: --{name} is about one device; got it with --sweep. Leave one of them out.")
+  names = FLAGS.device or device_names()
+  plans, refused = [], []
+  for name in names:
+    try:
+      plans.append(_plan(name))
+    except InputError as error:
+      # A mesh or a context that no device allows is wrong for all of them; what only this device refuses is left out.
+      if name != "cpu":
+        raise
+      refused.append(f"cpu is left out: {error}")
+  if not plans:
+    raise InputError(refused[0])
+  if FLAGS.json:
+    print(json.dumps({"devices": [plan.to_json() for plan in plans]}))
+  else:
+    print_sweep(_console(), plans, refused)
+  return 0
+
+
+def _plan(device: str) -> DeploymentPlan:
+  config, stored = _read_model(FLAGS.model)
+  plan_of = functools.partial(
+    plan_deployment,
+    config,
+    device,
+    count=FLAGS.count,
+    tensor=FLAGS.tensor,
+    data=FLAGS.data,
+    batches=[_batch_size(text) for text in FLAGS.batch],
+    context=FLAGS.context,
+    prompt=FLAGS.prompt,
+    weights=_given("weights") or (stored.weights if stored else FLAGS.weights),
+    granularity=_given("granularity") or (stored.granularity if stored else FLAGS.granularity),
+    activations=FLAGS.activations,
+    kv_cache=_given("kv_cache") or (stored.kv if stored else FLAGS.kv_cache),
+    page_tokens=FLAGS.page_tokens,
+    observed=FLAGS.observed,
+    observed_batch=FLAGS.observed_batch,
+    speculation=Speculation(FLAGS.acceptance, FLAGS.draft_tokens),
+    cache_dir=FLAGS.cache_dir,
+  )
+  plan = plan_of()
+  return plan_of(temporaries=_compiled_temporaries(plan, device)) if FLAGS.compile else plan
+
+
+def _compiled_temporaries(plan: DeploymentPlan, device: str) -> int:
+  """What the largest batch's decode step and a prefill step say that they need, whichever is more."""
+  asked = plan.deployment
+  batch = round_up(max(entry.batch for entry in plan.batches), asked.mesh.data)
+  sizes = {
+    "batch": batch,
+    "context": asked.context,
+    "prefill": min(asked.prompt, PREFILL_CHUNK),
+    "page_tokens": asked.page_tokens,
+  }
+  question = Question(asked.config, asked.recipe, device, asked.mesh, **sizes)
+  records = budgets(question, timeout_s=FLAGS.compile_timeout)
+  return max(records[kind]["temp_bytes"] for kind in ("decode", "prefill"))
+
+
+def _read_model(name: str) -> tuple[LlamaConfig, Recipe | None]:
+  """The model's sizes; of a checkpoint of jaxfp8 also its recipe, which then stands in for flags that were not given."""
+  manifest = pathlib.Path(name) / "jaxfp8.json"
+  if not manifest.is_file():
+    return read_config(name), None
+  try:
+    fields = json.loads(manifest.read_text(encoding="utf-8"))
+    return LlamaConfig.from_dict(fields["config"], str(manifest)), Recipe(**fields["recipe"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f"plan: {manifest} does not describe a checkpoint of jaxfp8: {error}. Convert it again.") from error
+
+
+def _given(flag: str) -> str | None:
+  return FLAGS[flag].value if FLAGS[flag].present else None
+
+
+def _batch_size(text: str) -> int:
+  try:
+    return int(text)
+  except ValueError:
+    raise InputError(f"plan: --batch must be whole numbers and commas; got {text!r}. Pass --batch=1,8,32.") from None
+
+
+def _console() -> Console:
+  return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+if __name__ == "__main__":
+  cli.run(main, FLAGS)

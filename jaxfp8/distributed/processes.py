@@ -1,0 +1,229 @@
+"""Several processes that run one program, over JAX's multi-controller runtime: how they meet, agree, share news and end.
+
+    join(..)                          every process, before JAX looks for devices
+    with together():                  what fails in one process ends all of them
+      require_same("flag", {..})      one sentence where processes differ
+      requests = broadcast(requests)  from process 0 to all
+      least(free_bytes)               the same number in every process
+
+Words travel through the key-value store of JAX's coordinator (process 0), not through devices: waiting there costs nothing and
+has no time limit, so that a chat may be silent for hours. Every process must make the same calls in the same order. With a
+single process everything here is the identity. A process that is killed is noticed by JAX's heartbeat, which aborts the
+others from C++: nothing may rely on `finally`. Uses jax._src.distributed, as Orbax does: the store has no public name.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed
+from jax.sharding import Mesh
+
+from jaxfp8.distributed.environment import AUTO, Place
+from jaxfp8.errors import InputError
+
+START_SECONDS = 300  # how long processes wait for each other at the start
+_WAIT_MS = 10_000  # of one question to the store; they are repeated
+_GOODBYE_SECONDS = 3.0  # process 0 stays so long for the others to hear why all end
+_FAILURE = "jaxfp8/failure"
+_calls = itertools.count()  # keys of the store are written once, so every call has a number of its own
+_leaving = threading.Event()
+
+
+class _FoundByAll(InputError):
+  """Raised in every process, so that nobody needs to be told."""
+
+
+def join(place: Place) -> None:
+  """Meets the other processes. Call before JAX looks for devices; afterwards jax.devices() are those of all processes.
+
+  Standard output is kept for what Python prints: Gloo and NCCL write to it too, and their words then go to stderr.
+  Raises InputError where the others are not found or the cluster does not say who this process is.
+  """
+  _keep_stdout()
+  jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and not end the process
+  explicit = place.coordinator != AUTO and place.coordinator is not None
+  try:
+    jax.distributed.initialize(
+      place.coordinator if explicit else None,
+      place.num_processes,
+      place.process_id,
+      cluster_detection_method="deactivate" if explicit else None,
+      heartbeat_timeout_seconds=place.heartbeat_seconds,
+      shutdown_timeout_seconds=place.heartbeat_seconds,
+      initialization_timeout=START_SECONDS,
+    )
+  except (ValueError, TypeError, RuntimeError) as error:
+    reason = " ".join(str(error).split())[:300]
+    raise InputError(
+      f"hosts: the processes cannot meet ({reason}). Check --coordinator, --num_processes and --process_id, or what SLURM or "
+      "Kubernetes say."
+    ) from error
+  if _client():
+    threading.Thread(target=_listen, daemon=True).start()
+
+
+def count() -> int:
+  """Processes of this run; looks for no devices."""
+  return distributed.global_state.num_processes if _client() else 1
+
+
+def spans_processes(mesh: Mesh) -> bool:
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def is_first() -> bool:
+  """Whether this process reads the requests and prints the answers."""
+  return index() == 0
+
+
+def index() -> int:
+  return distributed.global_state.process_id if _client() else 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What ends one process by an exception ends all. JAX's own errors here mostly mean that another process has gone."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, _FoundByAll):
+      raise
+    if isinstance(error, InputError):
+      sentence = str(error)
+    elif isinstance(error, jax.errors.JaxRuntimeError):
+      first = str(error).split("\n", 1)[0][:300]
+      sentence = f"hosts: a step failed, as it does when another process has ended ({first}). Start all processes again."
+    else:
+      sentence = f"hosts: stopped by {type(error).__name__}: {error}"
+    announce(sentence)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      raise InputError(sentence) from error
+    raise
+
+
+def announce(sentence: str) -> None:
+  """Tells the other processes that this one ends, and why. To be followed by `leave`."""
+  if _client() is None or _leaving.is_set():
+    return
+  _leaving.set()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or nobody is there any more
+    _client().key_value_set(_FAILURE, json.dumps([index(), sentence]))
+
+
+def leave(code: int) -> None:
+  """Ends this process at once, if it is one of many; process 0 last, since the others hear through it. Else returns.
+
+  Without this, JAX's own end would wait for processes that have failed.
+  """
+  if _client() is None:
+    return
+  if code == 0:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      jax.distributed.shutdown()
+  else:
+    _leaving.set()
+    _wait_for_the_others()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
+
+
+def gather(value: Any) -> list[Any]:
+  """Every process's value (plain JSON), in the order of the processes."""
+  if count() == 1:
+    return [value]
+  key = f"jaxfp8/{next(_calls)}"
+  _client().key_value_set(f"{key}/{index()}", json.dumps(value))
+  return [json.loads(_get(f"{key}/{process}")) for process in range(count())]
+
+
+def broadcast(value: Any = None) -> Any:
+  """Process 0's value (plain JSON) in every process. Waits without a limit."""
+  if count() == 1:
+    return value
+  key = f"jaxfp8/{next(_calls)}"
+  if is_first():
+    _client().key_value_set(key, json.dumps(value))
+    return value
+  return json.loads(_get(key))
+
+
+def least(value: int) -> int:
+  """The smallest of every process's value."""
+  return min(gather(value))
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+  """Raises the same InputError in every process where one of these (plain JSON) is not the same in all of them."""
+  for process, others in enumerate(gather(dict(facts))):
+    if process == 0:
+      first = others
+    for name in first | others:
+      mine, theirs = first.get(name), others.get(name)
+      if mine != theirs:
+        raise _FoundByAll(
+          f"hosts: every process must have the same {name}; process 0 has {mine!r}, process {process} has {theirs!r}. "
+          "Start all of them alike."
+        )
+
+
+def software() -> dict[str, str]:
+  """What this process runs, for `require_same`: versions, and a digest of our own source."""
+  digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[2]
+  for path in sorted([*root.glob("jaxfp8/**/*.py"), *root.glob("pallas_kernels/**/*.py")]):
+    digest.update(path.read_bytes())
+  version = importlib.metadata.version("jaxfp8")
+  return {"version": f"jaxfp8 {version} ({digest.hexdigest()[:8]}) with jax {jax.__version__}"}
+
+
+def _client():
+  return distributed.global_state.client
+
+
+def _get(key: str) -> str:
+  while True:
+    try:
+      return _client().blocking_key_value_get(key, _WAIT_MS)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
+def _listen() -> None:
+  """Ends this process when another has announced that it ends."""
+  try:
+    process, sentence = json.loads(_get(_FAILURE))
+  except (jax.errors.JaxRuntimeError, AttributeError):  # this process ends, or JAX is about to end it
+    return
+  if process == index() or _leaving.is_set():
+    return
+  _leaving.set()
+  os.write(2, f"process {process}: {sentence}\n".encode(errors="replace"))
+  leave(1)
+
+
+def _wait_for_the_others() -> None:
+  client, until = _client(), time.monotonic() + _GOODBYE_SECONDS
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.key_value_set(f"jaxfp8/left/{index()}", "", allow_overwrite=True)
+    while is_first() and len(client.key_value_dir_get("jaxfp8/left")) < count() and time.monotonic() < until:
+      time.sleep(0.05)
+
+
+def _keep_stdout() -> None:
+  kept = os.dup(1)
+  sys.stdout.flush()
+  os.dup2(2, 1)
+  sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115

@@ -1,0 +1,121 @@
+"""Asks what the compiled steps of a deployment cost, in a child process. Imports no jax.
+
+    Question -> budgets -> {"decode": {...}, "prefill": {...}}     what step_budget measured
+
+The compiler may abort its process and prints what no user needs, so it works in a child with a time limit; its mistakes come
+back as InputError. Refuses to know: how programs are made and read (step_budget).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.errors import InputError
+from jaxfp8.mesh import MeshShape
+from jaxfp8.planning.deployment import resolve_activations
+from jaxfp8.planning.devices import CPU, have_compiler, load_device
+
+TIMEOUT_S = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """Which programs: `batch` sequences of `context` tokens over all devices in decode, and one prompt of `prefill` tokens in one
+  step a data shard (None: no prefill). `device` is a name or a TOML. Raises InputError for what cannot be."""
+
+  config: LlamaConfig
+  recipe: Recipe
+  device: str
+  mesh: MeshShape
+  batch: int
+  context: int
+  prefill: int | None = None
+  page_tokens: int = 64
+
+  def __post_init__(self):
+    config = self.config
+    if self.device == CPU or not load_device(self.device).num_sms:
+      raise InputError(f"compile: programs are compiled for GPUs; {self.device!r} is none. Pass for example --device=h100.")
+    if self.batch < 1 or self.batch % self.mesh.data:
+      raise InputError(f"compile: batch must divide over data={self.mesh.data}; got {self.batch}. Pass a multiple.")
+    if not 1 <= self.context <= config.max_context:
+      raise InputError(f"compile: context must be from 1 to the {config.max_context:,} of {config.name}; got {self.context:,}.")
+    if self.prefill is not None and not 1 <= self.prefill <= self.context:
+      raise InputError(f"compile: prefill must be from 1 to the context of {self.context:,} tokens; got {self.prefill:,}.")
+
+  @classmethod
+  def of(
+    cls,
+    model: LlamaConfig | str,
+    device: str,
+    *,
+    tensor=1,
+    data=1,
+    weights="fp8",
+    granularity="channel",
+    activations="auto",
+    kv_cache="fp8",
+    **sizes,
+  ) -> "Question":
+    """From what flags say."""
+    config = model if isinstance(model, LlamaConfig) else LlamaConfig.from_name(model)
+    if activations == "auto":
+      activations = resolve_activations(activations, weights, load_device(device)) if device != CPU else weights
+    recipe = Recipe(weights, granularity, activations, kv_cache)
+    return cls(config, recipe, device, MeshShape.for_model(config, tensor, data), **sizes)
+
+  def to_dict(self) -> dict[str, Any]:
+    return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "Question":
+    config = LlamaConfig.from_dict(fields["config"], "the question")
+    return cls(**{**fields, "config": config, "recipe": Recipe(**fields["recipe"]), "mesh": MeshShape(**fields["mesh"])})
+
+
+def budgets(question: Question, *, timeout_s: float = TIMEOUT_S, save: str = "") -> dict[str, Any]:
+  """Compiles the programs and returns their budgets by kind, and under "notes" what the compiler had to say to a user.
+
+  save: a folder for each kind's HLO and its jax.export; made where it is missing, written only when all went well.
+  Raises InputError where nothing can compile, the compiler aborts, or it takes longer than timeout_s.
+  """
+  if not have_compiler():
+    raise InputError('compile: the CUDA compiler is not installed. Install the extra: pip install "jaxfp8[cuda]".')
+  if save and pathlib.Path(save).exists() and not pathlib.Path(save).is_dir():
+    raise InputError(f"compile: save must name a folder; {save} is a file. Pass another.")
+  with tempfile.TemporaryDirectory() as folder:
+    asked, answer, kept = (pathlib.Path(folder) / name for name in ("question.json", "answer.json", "kept"))
+    asked.write_text(json.dumps(question.to_dict()), encoding="utf-8")
+    if save:
+      kept.mkdir()
+    last_words = _run([str(asked), str(answer), *([str(kept)] if save else [])], timeout_s)
+    if not answer.exists():
+      raise InputError(f"compile: the compiler ended without a result: {last_words or 'it said nothing'}")
+    result = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in result:
+      raise InputError(result["error"])
+    if save:
+      try:
+        shutil.copytree(kept, save, dirs_exist_ok=True)
+      except OSError as error:
+        raise InputError(f"compile: save must name a folder that can be written; {save}: {error}. Pass another.") from error
+  return result
+
+
+def _run(arguments: list[str], timeout_s: float) -> str:
+  """Runs the child; returns the last line it said."""
+  quiet = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+  command = [sys.executable, "-m", "jaxfp8.serving.compiled_report", *arguments]
+  try:
+    child = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, timeout=timeout_s, check=False)
+  except subprocess.TimeoutExpired:
+    raise InputError(f"compile: the compiler took more than {timeout_s:.0f} s. Pass a longer --timeout.") from None
+  lines = child.stderr.decode(errors="replace").strip().splitlines()
+  return lines[-1][-300:] if lines else ""

@@ -1,0 +1,315 @@
+"""How many bytes and FLOPs a step costs on each device of a mesh, and how long that takes at least. Imports no jax.
+
+    LlamaConfig, Recipe, MeshShape -> weight_bytes, kv_bytes_per_token           what is stored
+                                   -> decode_step, prefill_step -> StepCost      what a step moves and computes
+    StepCost, DeviceSpec           -> bound -> StepTimes                         how long that takes at least
+                                   -> explain                                    the same in one sentence
+
+Everything is for one device, the busiest of the mesh. Bytes are those of the arrays the program holds (merged, padded,
+replicated, with their float32 scales), read once a step. Times are floors: weights and KV share the memory's bandwidth,
+FLOPs and launches run beside them, and a layer cannot go on before its all-reduce has ended:
+
+    step = max(weights + KV, FLOPs, launches) + collectives
+
+What activations move is left out: it is small, and a ceiling on speed must not rest on what a better kernel would keep on chip.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.errors import InputError
+from jaxfp8.mesh import ONE_DEVICE, MeshShape, Padded
+from jaxfp8.planning.devices import DeviceSpec
+from jaxfp8.units import format_bytes, format_seconds, format_share
+
+ITEM_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
+SCALE_BYTES = 4
+PAGE_TOKENS = 64
+PREFILL_CHUNK = 2048  # tokens that one prefill step takes at most
+LAUNCHES_PER_LAYER = 12  # what the compiled decode step is held to
+LAUNCHES_PER_STEP = 8  # embedding, last norm, head, sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBytes:
+  """Bytes of the weights on one device. `scales` are those of all linear layers; `embedding` is 0 when it is tied to `head`."""
+
+  qkv: int
+  o: int
+  gate_up: int
+  down: int
+  scales: int
+  norms: int
+  embedding: int
+  head: int
+
+  @property
+  def matrices(self) -> int:
+    """The linear layers' matrices and the head, without scales: what literature calls the bytes of a token."""
+    return self.qkv + self.o + self.gate_up + self.down + self.head
+
+  @property
+  def streamed(self) -> int:
+    """What every step reads whole: all but the embedding, of which it reads one row a token."""
+    return self.matrices + self.scales + self.norms
+
+  @property
+  def stored(self) -> int:
+    return self.streamed + self.embedding
+
+
+def weight_bytes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> WeightBytes:
+  """Bytes of the arrays that one device of the mesh holds, with padding, replication and scales."""
+  size = _local_sizes(config, recipe, mesh)
+  item, layers, d_model = ITEM_BYTES[recipe.weights], config.num_layers, config.d_model
+  vocab = size.vocab * d_model * ITEM_BYTES[recipe.stream]
+  return WeightBytes(
+    qkv=layers * size.qkv_rows * d_model * item,
+    o=layers * d_model * size.attention * item,
+    gate_up=layers * 2 * size.d_ff * d_model * item,
+    down=layers * d_model * size.d_ff * item,
+    scales=layers * _scales_per_layer(config, recipe, size) * SCALE_BYTES,
+    norms=(2 * layers + 1) * d_model * ITEM_BYTES["f32"],
+    embedding=0 if config.tied_embeddings else vocab,
+    head=vocab,
+  )
+
+
+def kv_bytes_per_token(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> int:
+  """Bytes that one token adds to one device's KV pool, over all layers: K and V, and with fp8 one float32 scale a head each."""
+  scales = 2 * SCALE_BYTES if recipe.kv_dtype == "fp8" else 0
+  per_head = 2 * config.head_dim * ITEM_BYTES[recipe.kv_dtype] + scales
+  return config.num_layers * (config.num_kv_heads // mesh.kv) * per_head
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+  """What one step costs the busiest device of `mesh`.
+
+  num_tokens: query tokens on that device. flops: by the dtype they are multiplied in. all_reduce_bytes: the sum of the
+  payloads of `num_collectives` collectives over the tensor axes; what the wire carries follows from the device's link.
+  """
+
+  mesh: MeshShape
+  num_tokens: int
+  weight_read_bytes: int
+  kv_read_bytes: int
+  kv_written_bytes: int
+  flops: Mapping[str, float]
+  all_reduce_bytes: int
+  num_collectives: int
+  launches: int
+
+  @property
+  def memory_bytes(self) -> int:
+    """Bytes that cross the device's memory bus."""
+    return self.weight_read_bytes + self.kv_read_bytes + self.kv_written_bytes
+
+
+def decode_step(
+  config: LlamaConfig,
+  recipe: Recipe,
+  lengths: Sequence[int],
+  mesh: MeshShape = ONE_DEVICE,
+  *,
+  query_tokens: int = 1,
+) -> StepCost:
+  """One token for every sequence; lengths: tokens each sequence attends to, the new one included.
+
+  query_tokens > 1 is the step that checks so many tokens a sequence at once, as speculation does. Sequences are dealt
+  out over `data`, the longest first; the cost is that of the device that gets most.
+  """
+  if not lengths or min(lengths) < 1:
+    raise InputError(f"roofline: lengths must hold at least one positive length; got {list(lengths)[:4]}.")
+  lengths = sorted(lengths, reverse=True)[:: mesh.data]
+  rows, read = len(lengths) * query_tokens, sum(lengths)
+  return _step(config, recipe, mesh, tokens=rows, sampled=rows, kv_read=read, attended=read * query_tokens, passes=1)
+
+
+def prefill_step(
+  config: LlamaConfig,
+  recipe: Recipe,
+  num_tokens: int,
+  context: int = 0,
+  *,
+  num_sequences: int = 1,
+  mesh: MeshShape = ONE_DEVICE,
+) -> StepCost:
+  """`num_tokens` new tokens for each of num_sequences sequences that hold `context` tokens already.
+
+  Steps take PREFILL_CHUNK tokens, and each reads the weights again; the head runs once a sequence.
+  """
+  if num_tokens < 1 or num_sequences < 1 or context < 0:
+    raise InputError(
+      f"roofline: a prefill needs at least one token and one sequence; got {num_tokens} tokens, "
+      f"{num_sequences} sequences, {context} tokens of context."
+    )
+  sequences = -(-num_sequences // mesh.data)
+  ends = [min(end, num_tokens) for end in range(PREFILL_CHUNK, num_tokens + PREFILL_CHUNK, PREFILL_CHUNK)]
+  return _step(
+    config,
+    recipe,
+    mesh,
+    tokens=sequences * num_tokens,
+    sampled=sequences,
+    kv_read=sequences * sum(context + end for end in ends),
+    attended=sequences * (num_tokens * context + num_tokens * (num_tokens + 1) // 2),
+    passes=-(-sequences * num_tokens // PREFILL_CHUNK),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+  """Floors in seconds, each as if it were alone."""
+
+  weights: float
+  kv: float
+  flops: float
+  collectives: float
+  launches: float
+
+  @property
+  def step(self) -> float:
+    """The shortest time that the whole step can take."""
+    return max(self.weights + self.kv, self.flops, self.launches) + self.collectives
+
+  @property
+  def bound_by(self) -> str:
+    """What costs most of the step: "weights", "kv", "flops", "collectives" or "launches"."""
+    beside = {"flops": self.flops, "launches": self.launches}
+    memory = self.weights + self.kv
+    if memory >= max(beside.values()):
+      beside = {"weights": self.weights, "kv": self.kv}
+    return max({**beside, "collectives": self.collectives}.items(), key=lambda part: part[1])[0]
+
+
+def bound(cost: StepCost, device: DeviceSpec) -> StepTimes:
+  """The times below which `device` cannot get this step, whatever the program."""
+  return StepTimes(
+    weights=cost.weight_read_bytes / device.bandwidth,
+    kv=(cost.kv_read_bytes + cost.kv_written_bytes) / device.bandwidth,
+    flops=sum(amount / device.flops(dtype) for dtype, amount in cost.flops.items()),
+    collectives=_collective_seconds(cost, device),
+    launches=cost.launches * device.launch_seconds,
+  )
+
+
+BOUND_WORDS = {
+  "weights": "reading the weights",
+  "kv": "reading the KV cache",
+  "flops": "arithmetic",
+  "collectives": "the all-reduces between devices",
+  "launches": "launching kernels",
+}
+
+
+def explain(cost: StepCost, device: DeviceSpec, seconds: float) -> str:
+  """One sentence on a step that took `seconds`: bytes moved, share of the bandwidth, what bounds it, how near it came."""
+  times = bound(cost, device)
+  rate = cost.memory_bytes / seconds
+  return (
+    f"a step moved {format_bytes(cost.memory_bytes)} in {format_seconds(seconds)}: {format_bytes(rate)}/s, about "
+    f"{format_share(rate / device.bandwidth)} of the {format_bytes(device.bandwidth)}/s of {device.name}; "
+    f"{BOUND_WORDS[times.bound_by]} bounds it, and {format_seconds(times.step)} is the least it can take "
+    f"({format_share(times.step / seconds)} of that speed reached)."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalSizes:
+  qkv_rows: int
+  attention: int  # N * H on this device
+  d_ff: int
+  vocab: int
+
+
+def _local_sizes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape) -> _LocalSizes:
+  tensor = mesh.tensor
+  blocks = recipe.weights == "fp8" and recipe.granularity == "block128"
+  attention = config.num_heads // tensor * config.head_dim
+  if blocks and tensor > 1 and attention % BLOCK:
+    raise InputError(
+      f"roofline: block128 scales need whole blocks of {BLOCK} columns on each device; tensor={tensor} leaves {attention} of "
+      f"{config.name}'s heads. Pass another --tensor or --granularity=channel."
+    )
+  kv_heads, padded = config.num_kv_heads // mesh.kv, Padded.of(config, recipe, mesh)
+  return _LocalSizes(
+    qkv_rows=kv_heads * (config.group_size // mesh.group + 2) * config.head_dim,
+    attention=attention,
+    d_ff=padded.d_ff // tensor,
+    vocab=padded.vocab_size // tensor,
+  )
+
+
+def _scales_per_layer(config: LlamaConfig, recipe: Recipe, size: _LocalSizes) -> int:
+  if recipe.weights != "fp8":
+    return 0
+  if recipe.granularity != "block128":  # one a row; a scale per tensor is stored once a row, too
+    return size.qkv_rows + config.d_model + 2 * size.d_ff + config.d_model
+  # Rows are cut into what divides them (a head, a model may be narrower than whole blocks), columns into blocks.
+  rows, columns = config.d_model // math.gcd(BLOCK, config.d_model), -(-config.d_model // BLOCK)
+  return (
+    size.qkv_rows // math.gcd(BLOCK, config.head_dim) * columns
+    + rows * -(-size.attention // BLOCK)
+    + 2 * (size.d_ff // BLOCK) * columns
+    + rows * (size.d_ff // BLOCK)
+  )
+
+
+def _step(
+  config: LlamaConfig,
+  recipe: Recipe,
+  mesh: MeshShape,
+  *,
+  tokens: int,
+  sampled: int,
+  kv_read: int,
+  attended: int,
+  passes: int,
+) -> StepCost:
+  """tokens: rows through the layers; sampled: rows through the head; kv_read: tokens read from the pool; attended:
+  query-key pairs; passes: how often the layers' weights are read."""
+  size = _local_sizes(config, recipe, mesh)
+  weights = weight_bytes(config, recipe, mesh)
+  stream = ITEM_BYTES[recipe.stream]
+  row = config.d_model * stream
+  parameters = (size.qkv_rows + size.attention + 3 * size.d_ff) * config.d_model * config.num_layers
+  flops = dict.fromkeys(ITEM_BYTES, 0.0)
+  flops[recipe.activation_dtype] += 2.0 * parameters * tokens
+  flops[recipe.kv_dtype] += 4.0 * size.attention * config.num_layers * attended  # q times k, and p times v
+  flops[recipe.stream] += 2.0 * size.vocab * config.d_model * sampled
+  kv_token = kv_bytes_per_token(config, recipe, mesh)
+  cut = mesh.tensor > 1
+  return StepCost(
+    mesh=mesh,
+    num_tokens=tokens,
+    weight_read_bytes=passes * (weights.streamed - weights.head) + weights.head + tokens * row,
+    kv_read_bytes=kv_read * kv_token,
+    kv_written_bytes=tokens * kv_token,
+    flops={dtype: amount for dtype, amount in flops.items() if amount},
+    # After attention, after the MLP, after the embedding; sampling gathers a few candidates, which only cost latency.
+    all_reduce_bytes=(2 * config.num_layers + 1) * tokens * row if cut else 0,
+    num_collectives=passes * (2 * config.num_layers + 2) if cut else 0,
+    launches=passes * (LAUNCHES_PER_LAYER * config.num_layers + LAUNCHES_PER_STEP),
+  )
+
+
+def _collective_seconds(cost: StepCost, device: DeviceSpec) -> float:
+  """All-reduces over the tensor axes: within a host a ring carries 2 (n - 1) / n of the payload each way, a switch that
+  adds up (n + 1) / n; between hosts each device carries its share. Both latencies count, since one follows the other."""
+  tensor = cost.mesh.tensor
+  if tensor == 1:
+    return 0.0
+  local = min(tensor, device.link_devices)
+  hosts = -(-tensor // local)
+  seconds = 0.0
+  if local > 1:
+    factor = 2 * (local - 1) / local
+    wire = cost.all_reduce_bytes * (min(factor, (local + 1) / local) if device.link_reduces else factor)
+    seconds += wire / device.link_bandwidth + cost.num_collectives * device.link_latency_seconds
+  if hosts > 1:
+    wire = 2 * (hosts - 1) / hosts * cost.all_reduce_bytes / local
+    seconds += wire / device.network_bandwidth + cost.num_collectives * device.network_latency_seconds
+  return seconds

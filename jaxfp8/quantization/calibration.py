@@ -1,0 +1,282 @@
+"""Runs text through a model layer by layer, and chooses from what it sees: static scales, and better rounded weights.
+
+    calibrate(path, new folder, chunks, recipe, ..)   writes a checkpoint; one layer in memory at a time
+    Calibrator(source, recipe, chunks, ..).layers()   the same as arrays, for a model in memory
+
+Each layer's weights are read, run over all chunks with the model's own code (one layer of it, on the default device), and let
+go; only the hidden states of the text stay, [tokens, D] twice. Every layer sees what the layers before it, as they are
+written, give. Inputs of linears, and keys and values, are counted by size (magnitudes.py), from which each choice of a scale
+follows. Refuses to know text and flags.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxfp8.checkpoint import device_arrays as filling
+from jaxfp8.checkpoint import layout, readers, static_scales
+from jaxfp8.checkpoint.convert import default_recipe, fill_model, tokenizer_of, versions
+from jaxfp8.checkpoint.dequantize_on_read import widened
+from jaxfp8.checkpoint.load import abstract_model
+from jaxfp8.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
+from jaxfp8.checkpoint.open import open_any
+from jaxfp8.checkpoint.quantized_source import SourceArrays
+from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.writer import CheckpointWriter
+from jaxfp8.config import STATIC, Recipe
+from jaxfp8.errors import InputError
+from jaxfp8.model.batch import PrefillBatch
+from jaxfp8.model.kv_cache import KVCache
+from jaxfp8.model.layers import Linear, StepContext
+from jaxfp8.model.llama import Llama
+from jaxfp8.quantization.observers import SCALES, Magnitudes
+from jaxfp8.quantization.rounding import Inputs, check_rounding, round_weights
+
+_ROWS = 8  # chunks that run at a time
+Progress = Callable[[int, int], None]  # (layers done, of how many)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What one matrix's inputs, or keys or values, were: amax and the scales that each choice gives, [1] or [K]."""
+
+  layer: int
+  name: str  # qkv, o, gate_up, down, k_scale or v_scale
+  amax: np.ndarray
+  scales: Mapping[str, np.ndarray]
+
+
+def calibrate(
+  path: str | os.PathLike | None,
+  folder: str | os.PathLike,
+  chunks: np.ndarray,
+  recipe: Recipe | None = None,
+  *,
+  rounding: str = "nearest",
+  scales: str = "max",
+  keep_bf16: Sequence[str] = (),
+  provenance: Mapping[str, Any] | None = None,
+  late: Callable[[], Mapping[str, Any]] | None = None,
+  check: Callable[[pathlib.Path], Mapping[str, Any]] | None = None,
+  progress: Progress | None = None,
+) -> "Calibrator":
+  """Writes `path`, with static scales and by `rounding`, as the new checkpoint `folder`; one layer in memory at a time.
+
+  Args:
+    path: a Hugging Face folder, a GGUF file or a checkpoint of jaxfp8; None: the default model. Float8 weights are kept.
+    chunks: int32 [chunks, tokens] of calibration text, such as `quality.cut_training_chunks` gives.
+    recipe: what the checkpoint is for. None: float8 weights (or those that are there) with static scales for everything.
+    rounding: "nearest", "mse" or "gptq" (rounding.py), for a source that is not float8 yet.
+    scales: "max", "percentile" or "mse": which of the sizes seen is the largest to be represented.
+    keep_bf16: as in `convert_checkpoint`.
+    provenance: plain values that are stored beside what was chosen.
+    late, check: more to store, as `provenance` (where it is a function) and `check` of `convert_checkpoint`.
+
+  Returns a Calibrator that is done: `seen` is what was seen, layer by layer; `arrays.notes` what is stored otherwise than asked
+  for. Raises InputError for bad weights, bad wishes, an existing folder or a full disk;
+  nothing is then left behind.
+  """
+  source = open_any(path or readers.default_model())
+  recipe = recipe or all_static(read_manifest(source.path).recipe if is_checkpoint(source.path) else default_recipe(source))
+  calibrator = Calibrator(source, recipe, chunks, rounding, scales, keep_bf16)
+  arrays = calibrator.arrays
+  facts = {"rounding": rounding, "scales": scales, "tokens": int(chunks.size), **(provenance or {})}
+  about = {"source": source.path.name, "dialect": source.dialect, "versions": versions(), "calibration": facts}
+  names = tuple(key.partition("[")[0] for key in calibrator.static_keys())
+  manifest = Manifest(source.config, recipe, arrays.formats, tokenizer_of(source), about, dict(arrays.exceptions), names)
+  with CheckpointWriter(folder, manifest, late=late, check=check) as writer:
+    writer.write(arrays.read(tuple(calibrator.groups[0])))
+    for _, group in calibrator.layers(progress):
+      writer.write(group)
+  return calibrator
+
+
+def load_calibrated(model: Llama, calibrator: "Calibrator", found: Mapping[str, np.ndarray]) -> Llama:
+  """Fills an abstract model on one device with what `calibrator.layers()` gave, and the rest from its source."""
+  arrays = calibrator.arrays
+
+  def read(keys):
+    rest = tuple(key for key in keys if key not in found)
+    return {key: found[key] for key in keys if key in found} | (arrays.read(rest) if rest else {})
+
+  return fill_model(model, arrays, read, {key: found[key] for key in static_scales.wanted(model) if key in found}, None)
+
+
+def abstract_calibrated(calibrator: "Calibrator", recipe: Recipe, implementation: str = "auto") -> Llama:
+  """The model of shapes for `load_calibrated`: `recipe` may differ from the calibrator's in activations and kv."""
+  return abstract_model(calibrator.arrays.source.config, recipe, calibrator.arrays.formats, None, implementation)
+
+
+def all_static(recipe: Recipe) -> Recipe:
+  """The recipe with static scales for whatever in it can have them."""
+  activations = "fp8" + STATIC if recipe.weights == "fp8" else recipe.activations
+  return dataclasses.replace(recipe, activations=activations, kv="fp8" + STATIC)
+
+
+class Calibrator:
+  """The layers of a model over calibration text, one after the other.
+
+  Args: as `calibrate`'s; without `scales` nothing is measured. Raises InputError for bad wishes.
+  """
+
+  def __init__(
+    self,
+    source: Source,
+    recipe: Recipe,
+    chunks: np.ndarray,
+    rounding: str = "nearest",
+    scales: str | None = "max",
+    keep_bf16: Sequence[str] = (),
+  ):
+    check_rounding(rounding)
+    if scales is not None and scales not in SCALES:
+      raise InputError(f"calibrate: scales must be one of {', '.join(SCALES)}; got {scales!r}.")
+    if rounding != "nearest" and any(source.granularity(name) for name in source.names()):
+      raise InputError(
+        f"calibrate: {source.path} is float8 already, and such weights are never rounded again. Pass the source, or "
+        "rounding=nearest."
+      )
+    # Text runs with activations that are not float8, so that what is seen is what will be rounded.
+    self.recipe = dataclasses.replace(recipe, activations=recipe.stream, kv=recipe.stream)
+    self.arrays = SourceArrays(source, self.recipe, keep_bf16, static=())
+    self.config, self.formats = source.config, self.arrays.formats
+    self.chunks, self.rounding, self.choice = chunks, rounding, scales
+    self.groups = layout.checkpoint_arrays(self.config, self.recipe, self.formats, self.arrays.exceptions)
+    self.seen: list[Seen] = []
+
+  def static_keys(self) -> list[str]:
+    """The keys of all static scales that `layers` gives."""
+    layers = range(self.config.num_layers if self.choice else 0)
+    inputs = [key for layer in layers for merged in self._float8(layer) for key in static_scales.input_keys(layer, merged)]
+    return inputs + [static_scales.kv_key(layer, name) for layer in layers for name in static_scales.KV]
+
+  def layers(self, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(layer, {key: array}) of each layer in order, as a checkpoint holds it; `seen` grows by what was seen."""
+    hidden = self._embed()
+    for layer, keys in enumerate(self.groups[1:]):
+      arrays = self.arrays.read(tuple(keys))
+      if self.rounding == "gptq":
+        arrays |= self._gptq(layer, hidden)
+      elif self.rounding == "mse":
+        arrays |= self._round(layer, {})
+      if self.choice or self.rounding == "gptq":
+        hidden, magnitudes = self._run(layer, arrays, self.arrays, hidden, _count if self.choice else None)
+        arrays |= self._scales(layer, magnitudes)
+      yield layer, arrays
+      if progress:
+        progress(layer + 1, self.config.num_layers)
+
+  def _float8(self, layer: int) -> list[str]:
+    return [merged for merged in static_scales.LINEARS if getattr(self.formats[layer], merged) == "fp8"]
+
+  def _embed(self) -> list[tuple[jax.Array, jax.Array]]:
+    dtype, whole = layout.NUMPY_DTYPES[self.recipe.stream], filling.Range(layout.EMBEDDING, 0, 0, self.config.vocab_size)
+    read = widened(filling.whole_arrays(self.arrays.read), self.arrays.exceptions, self.arrays.expected, dtype)
+    table = read([whole])[whole]
+    groups = [self.chunks[start : start + _ROWS] for start in range(0, len(self.chunks), _ROWS)]
+    rows = [jnp.asarray(table[group.reshape(-1)]) for group in groups]
+    return [(x, jnp.zeros_like(x)) for x in rows]
+
+  def _gptq(self, layer: int, hidden) -> dict[str, np.ndarray]:
+    """This layer's weights rounded for the inputs that the layers before give it, its own being what they were."""
+    plain = SourceArrays(self.arrays.source, dataclasses.replace(self.recipe, weights=self.recipe.stream), static=())
+    keys = layout.checkpoint_arrays(self.config, plain.recipe, plain.formats)[layer + 1]
+    _, hessians = self._run(layer, plain.read(tuple(keys)), plain, hidden, _hessians)
+    return self._round(layer, hessians)
+
+  def _round(self, layer: int, hessians: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    found = {}
+    for merged in self._float8(layer):
+      inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
+      for weight, scale in layout.keys_of(layer, merged, self.recipe.granularity):
+        source = self.arrays.source.read(weight.split("[")[0])
+        q = round_weights(source, self.recipe.granularity, self.rounding, inputs)
+        found |= {weight: q.qvalue, scale: q.scale}
+    return found
+
+  def _scales(self, layer: int, magnitudes: Mapping[str, Magnitudes] | None) -> dict[str, np.ndarray]:
+    found = {}
+    for name, sizes in (magnitudes or {}).items():
+      scales = sizes.scales()
+      self.seen.append(Seen(layer, name, sizes.amax, scales))
+      if name in static_scales.KV:
+        found[static_scales.kv_key(layer, name)] = scales[self.choice]
+      elif name in self._float8(layer):
+        found |= {key: np.asarray(scales[self.choice][0]) for key in static_scales.input_keys(layer, name)}
+    return found
+
+  def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: SourceArrays, hidden, collect):
+    """(hidden states after the layer, what `collect` made of its inputs): all chunks through one layer."""
+    # A vocabulary of one: neither embedding nor head has a part in a layer.
+    sizes = {"num_layers": 1, "vocab_size": 1, "tied_embeddings": True, "bos_id": None, "eos_ids": ()}
+    model = Llama(dataclasses.replace(self.config, **sizes), of.recipe, formats=(of.formats[layer],))
+    mine, first = f"model.layers.{layer}.", "model.layers.0."
+    outside = {layout.EMBEDDING: np.zeros((1, self.config.d_model)), layout.FINAL_NORM: np.ones(self.config.d_model)}
+    renamed = {key.replace(mine, first, 1): array for key, array in arrays.items()} | outside
+    exceptions = {key.replace(mine, first, 1): kind for key, kind in of.exceptions.items() if key.startswith(mine)}
+    expected = {key: (array.shape, array.dtype) for key, array in renamed.items()}
+    read = filling.whole_arrays(lambda keys: {key: renamed[key] for key in keys})
+    read = widened(read, exceptions, expected, layout.NUMPY_DTYPES[of.recipe.stream])
+    segment, after, collected = filling.fill(model, read, None).segments[0], [], None
+    for x, y in hidden:
+      batch = PrefillBatch.from_prompts([[0] * self.chunks.shape[1]] * (len(x) // self.chunks.shape[1]))
+      cache = KVCache.init(model.config, int(batch.page_table_BM.max()) + 1, of.recipe.kv)
+      x, y, inputs = _one_layer(model.config, segment, x, y, cache, batch)
+      if collect:
+        collected = collect(collected, inputs, self.config.num_kv_heads)
+      after.append((x, y))
+    return after, collected
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_layer(config, segment, x, y, cache: KVCache, batch: PrefillBatch):
+  """(x, y, inputs): the layer's results, and what its four linears, and its pages, were given."""
+  graph, stacked = nnx.split(segment)
+  layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], stacked))
+  inputs: dict[str, jax.Array] = {}
+  for name in static_scales.LINEARS:
+    owner = layer.attention if name in ("qkv", "o") else layer.mlp
+    setattr(owner, name, _listening(getattr(owner, name), functools.partial(inputs.__setitem__, name)))
+  x, y, pool = layer(x, y, cache.flatten(), StepContext.of(batch, config))
+  inputs |= {"k_scale": pool.k_pages, "v_scale": pool.v_pages}
+  return x, y, inputs
+
+
+def _listening(linear: Linear, hear: Callable[[jax.Array], None]) -> Linear:
+  """The same linear, which tells its inputs while it is traced."""
+
+  class Listening(Linear):
+    def sums(self, x_TD, out_dtype=None):
+      hear(x_TD)
+      return super().sums(x_TD, out_dtype)
+
+  return Listening(linear.weight.get_value(), linear.weight.get_metadata("partition"), linear.runtime)
+
+
+def _count(magnitudes: dict[str, Magnitudes] | None, inputs, num_kv_heads: int) -> dict[str, Magnitudes]:
+  """Pages hold zeros where no token is; they change no scale."""
+  if magnitudes is None:
+    magnitudes = {name: Magnitudes(1 if name in static_scales.LINEARS else num_kv_heads) for name in inputs}
+  for name, values in inputs.items():
+    array = np.asarray(values.astype(jnp.float32))
+    magnitudes[name].add(array[None] if name in static_scales.LINEARS else array.swapaxes(0, 1))
+  return magnitudes
+
+
+def _hessians(hessians: dict[str, jax.Array] | None, inputs, num_kv_heads: int) -> dict[str, jax.Array]:
+  found = {name: _gram(inputs[name]) for name in static_scales.LINEARS}
+  return found if hessians is None else {name: hessians[name] + found[name] for name in found}
+
+
+@jax.jit
+def _gram(x_TD: jax.Array) -> jax.Array:
+  x = x_TD.astype(jnp.float32)
+  return jax.lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

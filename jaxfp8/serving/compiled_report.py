@@ -1,0 +1,220 @@
+"""What the compiled steps of a deployment cost on each GPU: memory, traffic, launches, collectives, CUDA graphs.
+
+    Question -> CompiledSteps on a mesh of absent devices -> lower (kernels say their costs) -> compile -> text
+             -> measure -> one flat record of plain values for decode, and one for prefill
+
+Compiling may abort the process: `compiled_budget` runs this module as a program in a child. Nothing here has run on a GPU;
+times are floors from the device's peaks.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from jaxfp8.errors import InputError
+from jaxfp8.inspection import deviceless, hlo, traffic
+from jaxfp8.model.llama import Llama
+from jaxfp8.planning import roofline
+from jaxfp8.planning.compile_request import Question
+from jaxfp8.planning.devices import DeviceSpec, load_device
+from jaxfp8.serving.steps import CompiledSteps, Limits
+from pallas_kernels import costs
+
+
+def make_steps(question: Question, spec: DeviceSpec) -> CompiledSteps:
+  """The programs of an abstract model on absent devices."""
+  shape = question.mesh
+  mesh = deviceless.make_mesh(spec, (shape.data, shape.kv, shape.group), ("data", "kv", "group"))
+  model = Llama(question.config, question.recipe, shape=dataclasses.replace(shape, data=1))
+  sequences, pages = question.batch // shape.data, -(-question.context // question.page_tokens)
+  limits = Limits(
+    num_pages=sequences * pages,
+    max_sequences=sequences,
+    max_pages=pages,
+    decode_sizes=(sequences,),
+    prefill_sizes=(question.prefill or 1,),
+    page_size=question.page_tokens,
+  )
+  return CompiledSteps(model, mesh, limits)
+
+
+def measure(question: Question, kind: str, save: pathlib.Path | None = None) -> dict[str, Any]:
+  """The record of "decode" or "prefill". save: an existing folder for the HLO and a jax.export."""
+  spec = load_device(question.device)
+  steps = make_steps(question, spec)
+  sequences = question.batch // question.mesh.data
+  size, lengths = (sequences, (question.context,) * sequences) if kind == "decode" else (question.prefill, (question.prefill,))
+  begin, cpu = time.perf_counter(), time.process_time()
+  with tempfile.TemporaryDirectory() as dump:
+    with deviceless.lowering_for(spec), costs.recording(lengths) as calls:
+      lowered = steps.lower(kind, size)
+    lowered_at = time.perf_counter()
+    program = steps.build(lowered, xla_dump_to=dump)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+    thunks = next(pathlib.Path(dump).glob("*thunk_sequence_after_thunk_passes.txt")).read_text()
+  text = program.as_text()
+  record = {
+    "tokens": size,
+    "compile_seconds": round(seconds, 3),
+    "trace_seconds": round(lowered_at - begin, 3),
+    "compile_cpu_seconds": round(cpu_seconds, 3),
+    "serialized_bytes": len(serialize_executable.serialize(program)[0]),
+    **_memory(program, text, steps),
+    **_traffic(text, calls, steps),
+    **_graphs(thunks),
+  }
+  cost = _step_cost(record, question, size)
+  times = roofline.bound(cost, spec)
+  record |= {
+    "roofline_ms": 1e3 * times.step,
+    "bound_by": times.bound_by,
+    "times_ms": {name: 1e3 * seconds for name, seconds in dataclasses.asdict(times).items()},
+    "parts": _parts(record, calls, spec),
+  }
+  if save is not None:
+    (save / f"{kind}.hlo.txt").write_text(text, encoding="utf-8")
+    with deviceless.lowering_for(spec):
+      (save / f"{kind}.jax_export").write_bytes(_export(steps, kind, size))
+  return record
+
+
+def _export(steps: CompiledSteps, kind: str, size: int) -> bytes:
+  """The step over flat arrays, which jax.export can write without knowing our records; the state's are donated."""
+  step, arguments = steps.traceable(kind, size)
+  leaves, tree = jax.tree.flatten(arguments)
+  state = range(steps.num_weights, steps.num_weights + len(jax.tree.leaves(arguments[1])))
+  flat = jax.jit(lambda *leaves: tuple(jax.tree.leaves(step(*jax.tree.unflatten(tree, leaves)))), donate_argnums=tuple(state))
+  return jax.export.export(flat, platforms=["cuda"])(*leaves).serialize()
+
+
+def _counts(steps: CompiledSteps) -> tuple[int, int]:
+  """How many of the program's arguments are weights, and how many after them are pools."""
+  return steps.num_weights, len(jax.tree.leaves(steps.abstract_state().cache))
+
+
+def _memory(program: jax.stages.Compiled, text: str, steps: CompiledSteps) -> dict[str, int]:
+  """Bytes on one device. weight_bytes and kv_bytes are those of the program's own arguments."""
+  memory, parsed = program.memory_analysis(), hlo.parse(text)
+  sizes = {int(x.operands[0]): x.bytes for x in parsed.computations[parsed.entry] if x.opcode == "parameter"}
+  weights, pools = _counts(steps)
+  return {
+    "argument_bytes": memory.argument_size_in_bytes,
+    "alias_bytes": memory.alias_size_in_bytes,
+    "temp_bytes": memory.temp_size_in_bytes,
+    "weight_bytes": sum(sizes[number] for number in range(weights)),
+    "kv_bytes": sum(sizes[number] for number in range(weights, weights + pools)),
+  }
+
+
+def _traffic(text: str, calls: list[costs.Call], steps: CompiledSteps) -> dict[str, Any]:
+  """What a step moves and starts. hbm_bytes: XLA's operations and the kernels together, as if nothing stayed in a cache."""
+  tally = traffic.tally(hlo.parse(text), range(_counts(steps)[0]))
+
+  def total(field):
+    return sum(getattr(call.cost, field) * call.repeats for call in calls)
+
+  flops = collections.Counter()
+  for call in calls:
+    flops[call.cost.number_format] += call.cost.flops * call.repeats
+  kv_read, kv_written, kernels = total("kv_read_bytes"), total("kv_written_bytes"), total("total_bytes")
+  floor = tally.weight_read_bytes + kv_read + kv_written
+  layer = max((body for _, body in tally.loops), key=lambda body: body.launches, default=traffic.Tally())
+  reduces = sum(number for collective, number in layer.collectives.items() if collective.kind == "all-reduce")
+  in_layers = collections.Counter()
+  for trips, body in tally.loops:
+    in_layers.update({collective: trips * number for collective, number in body.collectives.items()})
+  return {
+    "weight_read_bytes": tally.weight_read_bytes,
+    "weight_written_bytes": tally.weight_written_bytes,
+    "kernel_weight_bytes": total("weight_bytes"),
+    "kv_read_bytes": kv_read,
+    "kv_written_bytes": kv_written,
+    "kernel_bytes": kernels,
+    "xla_bytes": tally.xla_bytes,
+    "sampling_bytes": tally.optional_bytes,
+    "hbm_bytes": kernels + tally.xla_bytes,
+    "hbm_floor_bytes": floor,
+    "activation_bytes": kernels + tally.xla_bytes - floor,
+    "flops": dict(flops),
+    "layers": sum(trips for trips, _ in tally.loops),
+    "kernels_per_step": tally.kernels,
+    "kernel_costs_per_step": sum(call.repeats for call in calls),
+    "launches_per_step": tally.launches,
+    "launches_per_layer": layer.launches,
+    "kernels_per_layer": layer.kernels,
+    "xla_kernels_per_layer": layer.operations,
+    "copies_per_layer": layer.copies,
+    "all_reduces_per_layer": reduces,
+    "other_collectives_per_layer": sum(layer.collectives.values()) - reduces,
+    "collectives_in_layer": {str(collective): number for collective, number in layer.collectives.items()},
+    "collectives_elsewhere": {str(collective): number for collective, number in (tally.collectives - in_layers).items()},
+    "all_reduce_bytes": sum(x.all_reduce_bytes * number for x, number in tally.collectives.items()),
+    "num_collectives": sum(tally.collectives.values()),
+  }
+
+
+def _graphs(thunks: str) -> dict[str, Any]:
+  """Command buffers (CUDA graphs) in XLA's list of what it starts, and whether a layer is one of them."""
+  bodies = re.findall(r"body:\n( *)\d+: (\w+) +\[source *\| sink *\]", thunks)
+  return {
+    "command_buffers": thunks.count(": kCommandBuffer"),
+    "layer_in_one_command_buffer": any(kind == "kCommandBuffer" for _, kind in bodies),
+  }
+
+
+def _step_cost(record: dict[str, Any], question: Question, size: int) -> roofline.StepCost:
+  """The roofline's question with the program's own answers."""
+  return roofline.StepCost(
+    mesh=question.mesh,
+    num_tokens=size,
+    weight_read_bytes=record["weight_read_bytes"],
+    kv_read_bytes=record["kv_read_bytes"],
+    kv_written_bytes=record["kv_written_bytes"],
+    flops=record["flops"],
+    all_reduce_bytes=record["all_reduce_bytes"] if question.mesh.tensor > 1 else 0,
+    num_collectives=record["num_collectives"] if question.mesh.tensor > 1 else 0,
+    launches=record["launches_per_step"],
+  )
+
+
+def _parts(record: dict[str, Any], calls: list[costs.Call], spec: DeviceSpec) -> list[dict[str, Any]]:
+  """Per operation: how often it runs, what it moves and computes, and the least time for that."""
+  parts: dict[str, collections.Counter] = {}
+  for call in calls:
+    part = parts.setdefault(call.operation, collections.Counter())
+    seconds = max(call.cost.total_bytes / spec.bandwidth, call.cost.flops / spec.flops(call.cost.number_format))
+    part.update(calls=call.repeats, bytes=call.cost.total_bytes * call.repeats, flops=call.cost.flops * call.repeats)
+    part.update({"roofline_ms": 1e3 * seconds * call.repeats})
+  xla = record["launches_per_step"] - record["kernels_per_step"]
+  parts["xla"] = collections.Counter(
+    calls=xla, bytes=record["xla_bytes"], roofline_ms=1e3 * record["xla_bytes"] / spec.bandwidth
+  )
+  return [{"operation": name, "calls": 0, "bytes": 0, "flops": 0, **part} for name, part in parts.items()]
+
+
+def main(asked: str, answer: str, save: str = "") -> None:
+  """The child: question.json in, answer.json out."""
+  question = Question.from_dict(json.loads(pathlib.Path(asked).read_text(encoding="utf-8")))
+  result: dict[str, Any] = {}
+  try:
+    for kind in ("decode", *(["prefill"] if question.prefill else [])):
+      result[kind] = measure(question, kind, pathlib.Path(save) if save else None)
+  except InputError as error:
+    result = {"error": str(error)}
+  except Exception:
+    result = {"error": "compile: the compiler gave up: " + traceback.format_exc().strip().splitlines()[-1][:300]}
+  pathlib.Path(answer).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

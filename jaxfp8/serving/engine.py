@@ -1,0 +1,232 @@
+"""`Engine`: requests in, text out. The main loop of the project:
+
+    plan = scheduler.schedule()             which tokens of which sequences
+    state, sampled = steps.run(state, ..)   started, not waited for
+    commit(previous plan, its tokens)       read one step behind: append, stop, give out text
+
+Refuses to know how anything is computed (steps.py) or admitted (scheduler.py).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxfp8.checkpoint.load import make_mesh, mesh_shape
+from jaxfp8.distributed import processes as hosts
+from jaxfp8.errors import InputError
+from jaxfp8.model import kv_cache as cache
+from jaxfp8.model.batch import DecodeBatch, PrefillBatch
+from jaxfp8.model.llama import Llama
+from jaxfp8.model.sampling import SamplingBatch, SamplingParams
+from jaxfp8.serving import memory
+from jaxfp8.serving.request_output import Completion, Delta, Output
+from jaxfp8.serving.scheduler import Chunk, Scheduler, Sequence, StepPlan
+from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, Limits, State, StepInput
+from jaxfp8.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt: text (encoded with the tokenizer's BOS rule) or token ids, and how to continue it."""
+
+  prompt: str | tuple[int, ...]
+  params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+
+
+@dataclasses.dataclass
+class Stats:
+  """What an engine has done: tokens and seconds per kind of step, and the context lengths of every decode step's batch."""
+
+  prefill_tokens: int = 0
+  prefill_seconds: float = 0.0
+  decode_tokens: int = 0
+  decode_seconds: float = 0.0
+  decode_lengths: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+
+  def add(self, plan: StepPlan, seconds: float) -> None:
+    num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks())
+    if plan.kind == "prefill":
+      self.prefill_tokens += num_tokens
+      self.prefill_seconds += seconds
+    else:
+      self.decode_tokens += num_tokens
+      self.decode_seconds += seconds
+      self.decode_lengths.append(tuple(chunk.stop for chunk in plan.chunks()))
+
+
+class Engine:
+  """Generates for many requests at once over one model.
+
+  Args:
+    model: with arrays, from `load` (for the same mesh) or the user's own.
+    tokenizer: needed for text prompts, text output and stop strings; None works with token ids alone.
+    mesh: from `make_mesh`; None is one device. Where it spans processes, each of them makes the same engine and the same calls
+      with the same requests, and each gets all completions.
+    limits: static sizes; None makes room for 8 sequences of the model's full context, or what memory holds.
+
+  Raises InputError when the KV pool is larger than the memory that is free.
+  """
+
+  def __init__(
+    self, model: Llama, tokenizer: Tokenizer | None = None, *, mesh: Mesh | None = None, limits: Limits | None = None
+  ):
+    self.config, self.tokenizer = model.config, tokenizer
+    mesh = mesh or make_mesh(model.config)
+    self.limits = limits or default_limits(model, mesh)
+    self.kv_bytes = memory.require_kv_fits(model, self.limits, mesh)
+    self.mesh_shape = mesh_shape(mesh)
+    self.steps = CompiledSteps(model, mesh, self.limits)
+    self.state: State = self.steps.init_state()
+    self.stats = Stats()
+
+  def compile(self) -> None:
+    """Compiles every program that this engine can need, so that none is compiled while generating."""
+    for size in self.limits.prefill_sizes:
+      self.steps.compile("prefill", size)
+    for size in self.limits.decode_sizes:
+      self.steps.compile("decode", size)
+
+  def generate(self, requests: Seq[Request]) -> list[Completion]:
+    """Runs requests to their end, in flight together; completions in the order of the requests."""
+    outputs: dict[int, Completion] = {}
+    for delta in self.stream(requests):
+      if delta.completion:
+        outputs[delta.request_id] = delta.completion
+    return [outputs[index] for index in range(len(requests))]
+
+  def stream(self, requests: Seq[Request]) -> Iterator[Delta]:
+    """Like `generate`, giving out each piece of text as soon as it is certain. Raises InputError before anything runs."""
+    self.compile()
+    if hosts.spans_processes(self.steps.mesh):
+      hosts.require_same({"requests": hashlib.sha256(repr(list(requests)).encode()).hexdigest()[:16]})
+    scheduler, outputs = self._admit(requests)
+    previous, before = None, time.perf_counter()
+    while scheduler.has_work or previous:
+      plan = scheduler.schedule()
+      started = None
+      if plan:
+        self.state, started = self.steps.run(self.state, self._inputs(plan, outputs))
+      if previous:
+        yield from self._commit(*previous, scheduler, outputs)
+        now = time.perf_counter()
+        self.stats.add(previous[0], now - before)
+        before = now
+      previous = (plan, started) if plan else None
+
+  def _admit(self, requests: Seq[Request]) -> tuple[Scheduler, dict[Sequence, Output]]:
+    limits = self.limits
+    scheduler = Scheduler(
+      num_pages=limits.num_pages,
+      page_size=limits.page_size,
+      max_sequences=limits.max_sequences,
+      max_tokens=limits.prefill_sizes[-1],
+      num_shards=self.steps.num_shards,
+    )
+    outputs = {}
+    for index, request in enumerate(requests):
+      prompt = self.encode(request.prompt)
+      if request.params.stop and self.tokenizer is None:
+        raise InputError("engine: stop strings need a tokenizer, and this checkpoint has none. Pass stop_token_ids.")
+      if (request.params.logprobs or 0) > limits.num_logprobs:
+        raise InputError(
+          f"engine: logprobs must be at most this engine's {limits.num_logprobs}; got {request.params.logprobs}. "
+          "Pass limits with a larger num_logprobs."
+        )
+      room = min(self.config.max_context, limits.max_pages * limits.page_size) - len(prompt)
+      sequence = scheduler.add(index, prompt, min(request.params.max_new_tokens, room))
+      outputs[sequence] = Output(index, len(prompt), request.params, self.config.eos_ids, self.tokenizer)
+    return scheduler, outputs
+
+  def encode(self, prompt: str | Seq[int]) -> list[int]:
+    """Token ids of a prompt. Raises InputError for an empty one, one out of the vocabulary or longer than the context."""
+    if isinstance(prompt, str):
+      if self.tokenizer is None:
+        raise InputError("engine: text prompts need a tokenizer, and this checkpoint has none. Pass token ids.")
+      prompt = self.tokenizer.encode(prompt)
+    tokens = [int(token) for token in prompt]
+    if not tokens:
+      raise InputError("engine: the prompt is empty. Give at least one token.")
+    if not all(0 <= token < self.config.vocab_size for token in tokens):
+      raise InputError(
+        f"engine: token ids must be between 0 and {self.config.vocab_size - 1}; got {min(tokens)} .. {max(tokens)}."
+      )
+    room = min(self.config.max_context, self.limits.max_pages * self.limits.page_size)
+    if len(tokens) >= room:
+      raise InputError(
+        f"engine: the prompt has {len(tokens)} tokens; the context holds {room}, and one must be left to answer. Shorten it."
+      )
+    return tokens
+
+  def _inputs(self, plan: StepPlan, outputs: dict[Sequence, Output]) -> StepInput:
+    """The step's batch as numpy arrays, shard after shard."""
+    limits = self.limits
+    if plan.kind == "prefill":
+      rows, size = limits.max_sequences, limits.prefill_size(plan.num_tokens)
+    else:
+      rows = size = limits.decode_size(plan.num_tokens)
+    parts = [_shard_arrays(chunks, rows, size, limits.max_pages, plan.kind) for chunks in plan.shards]
+    tokens, starts, lengths, table = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    batch = DecodeBatch(tokens, lengths, table) if plan.kind == "decode" else PrefillBatch(tokens, starts, lengths, table)
+    padded = [chunk for shard in plan.shards for chunk in (*shard, *[None] * (rows - len(shard)))]
+    return StepInput(
+      batch=batch,
+      place_B=np.array([chunk.sequence.place if chunk else limits.max_sequences for chunk in padded], np.int32),
+      emit_B=np.array([bool(chunk and chunk.emits) for chunk in padded]),
+      sampling=SamplingBatch.of(
+        [outputs[chunk.sequence].params if chunk else None for chunk in padded],
+        [chunk.sequence.num_prompt if chunk else 0 for chunk in padded],
+      ),
+    )
+
+  def _commit(self, plan: StepPlan, sampled, scheduler: Scheduler, outputs: dict[Sequence, Output]) -> Iterator[Delta]:
+    """Waits for a step's tokens and hands them out."""
+    sampled = jax.device_get(sampled)
+    rows = len(sampled.tokens_B) // len(plan.shards)
+    places = itertools.chain.from_iterable(
+      ((shard * rows + row, chunk) for row, chunk in enumerate(chunks)) for shard, chunks in enumerate(plan.shards)
+    )
+    chosen = {chunk.sequence: row for row, chunk in places if chunk.emits and chunk.sequence in scheduler.running}
+    scheduler.commit(plan, {sequence: int(sampled.tokens_B[row]) for sequence, row in chosen.items()})
+    for sequence, row in chosen.items():
+      delta = outputs[sequence].push(sequence.tokens[-1], sampled, row, last=len(sequence.tokens) == sequence.max_tokens)
+      if delta.completion:
+        scheduler.finish(sequence)
+      yield delta
+
+
+def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> Limits:
+  """Room for max_sequences of the model's full context, or for what fits into half of the free memory."""
+  max_pages = -(-model.config.max_context // cache.DEFAULT_PAGE_SIZE)
+  affordable = memory.room_for_pages(model, mesh, 0.5)
+  return Limits(
+    num_pages=max(1, min(max_sequences * max_pages, affordable)),
+    max_sequences=max_sequences,
+    max_pages=max_pages,
+    decode_sizes=sizes_up_to(max_sequences, Limits.decode_sizes),
+  )
+
+
+def sizes_up_to(largest: int, sizes: Seq[int]) -> tuple[int, ...]:
+  """The sizes below `largest` and the first that holds it (or `largest` itself, where none does)."""
+  below = [size for size in sizes if size < largest]
+  return (*below, next((size for size in sizes if size >= largest), largest))
+
+
+def _shard_arrays(chunks: tuple[Chunk, ...], rows: int, size: int, max_pages: int, kind: str):
+  """(tokens [size], query_starts [rows + 1], lengths [rows], page table [rows, max_pages]) of one data shard."""
+  tokens, starts = np.zeros(size, np.int32), np.zeros(rows + 1, np.int32)
+  lengths, table = np.zeros(rows, np.int32), np.zeros((rows, max_pages), np.int32)
+  for row, chunk in enumerate(chunks):
+    first, count = starts[row], chunk.stop - chunk.start
+    tokens[first : first + count] = FROM_DEVICE if chunk.from_device else chunk.sequence.tokens[chunk.start : chunk.stop]
+    starts[row + 1 :] = first + count
+    lengths[row] = chunk.stop
+    table[row, : len(chunk.pages)] = chunk.pages
+  return tokens, starts, lengths, table

@@ -1,0 +1,38 @@
+"""Requests enter at the first process: how the others get them and compute along. With one process there is nothing to do."""
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+from jaxfp8.distributed import processes as hosts
+from jaxfp8.errors import InputError
+from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.serving.engine import Engine, Request
+
+
+def share(requests: Sequence[Request] | None = None) -> list[Request] | None:
+  """The first process's requests (prompts as token ids) in every process; None tells that no more will come."""
+  if hosts.count() == 1:
+    return requests
+  plain = hosts.broadcast(requests and [[list(r.prompt), dataclasses.asdict(r.params)] for r in requests])
+  return plain and [Request(tuple(prompt), _params(fields)) for prompt, fields in plain]
+
+
+def follow(engine: Engine, requests: Sequence[Request] | None) -> None:
+  """Computes `requests` with the first process, or, where they are None, whatever it shares until it shares None."""
+  if requests is not None:
+    _drain(engine, requests)
+    return
+  while (shared := share()) is not None:
+    with contextlib.suppress(InputError):  # the first process says it to the user
+      _drain(engine, shared)
+
+
+def _drain(engine: Engine, requests: Sequence[Request]) -> None:
+  collections.deque(engine.stream(requests), maxlen=0)
+
+
+def _params(fields: dict) -> SamplingParams:
+  """JSON has no tuples."""
+  return SamplingParams(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

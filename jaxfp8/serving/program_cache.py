@@ -1,0 +1,72 @@
+"""Compiled CPU programs kept between runs, ready to be called.
+
+JAX's own persistent cache saves XLA's compilation, but every start still traces and lowers the model in Python, which takes
+longer. Here the whole executable is kept, in jax_compilation_cache_dir, under a key of everything that it depends on, this
+package's source included. It works only while JAX's own cache is off (jax_enable_compilation_cache): a program that came out of
+that one serializes without its code, and fails when it is run. Only for CPUs: loading a serialized executable on a GPU has
+not been verified. Like JAX's cache this is native code: who can write to the folder can run code.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+import pickle
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+
+def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
+  """The program stored under `key`, or None if there is none that this jax can load."""
+  path = _path(key, mesh)
+  if path is None:
+    return None
+  # A damaged or foreign file is as good as none: the program is compiled again and written over it.
+  with contextlib.suppress(Exception):
+    payload, inputs, outputs = pickle.loads(path.read_bytes())
+    return serialize_executable.deserialize_and_load(payload, inputs, outputs, execution_devices=list(mesh.devices.flat))
+  return None
+
+
+def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
+  """Keeps a program; a folder that cannot be written costs time at the next start and nothing else."""
+  path = _path(key, mesh)
+  if path is None:
+    return
+  temporary = path.with_name(f"{path.name}.{os.getpid()}")
+  with contextlib.suppress(OSError):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+    os.replace(temporary, path)
+
+
+def _path(key: str, mesh: Mesh) -> pathlib.Path | None:
+  folder = jax.config.jax_compilation_cache_dir
+  if (
+    not folder
+    or jax.config.jax_enable_compilation_cache
+    or any(device.platform != "cpu" for device in mesh.devices.flat)
+    or jax.process_count() > 1
+  ):
+    return None
+  devices = [device.id for device in mesh.devices.flat]
+  digest = hashlib.sha256(f"{_environment()} {devices} {len(jax.devices())} {key}".encode()).hexdigest()
+  return pathlib.Path(folder) / f"step-{digest[:32]}"
+
+
+@functools.cache
+def _environment() -> str:
+  """A digest of what a program depends on besides its key: versions, flags, this machine's instruction set, our source."""
+  digest = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {os.environ.get('XLA_FLAGS', '')}".encode())
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    digest.update("\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode())
+  digest.update(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()).encode())
+  root = pathlib.Path(__file__).parents[2]
+  for path in sorted([*root.glob("jaxfp8/**/*.py"), *root.glob("pallas_kernels/**/*.py")]):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()

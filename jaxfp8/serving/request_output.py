@@ -1,0 +1,109 @@
+"""One request's output as it grows: stop rules, text in whole characters, log-probabilities. No jax."""
+
+import dataclasses
+import time
+
+from jaxfp8.model.sampling import Sampled, SamplingParams
+from jaxfp8.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+  """Natural-log probabilities under the model's own distribution, before temperature and cuts; `top` is best first."""
+
+  token_id: int
+  logprob: float
+  top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """A finished request.
+
+  token_ids: what was chosen, the token that ended it included. text: without stop tokens and stop strings ("" with no
+  tokenizer). finish_reason: "stop" or "length". ttft_s: seconds from submission to the first token.
+  """
+
+  request_id: int
+  num_prompt_tokens: int
+  token_ids: tuple[int, ...]
+  text: str
+  finish_reason: str
+  logprobs: tuple[TokenLogprobs, ...] | None
+  ttft_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+  """One chosen token and the text that became certain with it; `completion` comes with the last."""
+
+  request_id: int
+  token_id: int
+  text: str
+  completion: Completion | None = None
+
+
+class Output:
+  """Collects one request's tokens."""
+
+  def __init__(
+    self, request_id: int, num_prompt: int, params: SamplingParams, eos_ids: tuple[int, ...], tokenizer: Tokenizer | None
+  ):
+    self.request_id, self.num_prompt, self.params = request_id, num_prompt, params
+    self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+    self._stream = tokenizer.stream() if tokenizer else None
+    self._stops = StopStrings(params.stop)
+    self._tokens: list[int] = []
+    self._text: list[str] = []
+    self._logprobs: list[TokenLogprobs] = []
+    self._start, self._ttft = time.perf_counter(), 0.0
+
+  def push(self, token: int, sampled: Sampled, row: int, last: bool) -> Delta:
+    """Takes the token in `row` of a step's result; `last` when no further one may be chosen."""
+    if not self._tokens:
+      self._ttft = time.perf_counter() - self._start
+    self._tokens.append(token)
+    if (count := self.params.logprobs) is not None:
+      top = zip(sampled.top_tokens_Bn[row][:count].tolist(), sampled.top_logprobs_Bn[row][:count].tolist(), strict=True)
+      self._logprobs.append(TokenLogprobs(token, float(sampled.logprob_B[row]), tuple(top)))
+    stopped = token in self._stop_ids
+    text = "" if stopped or not self._stream else self._stops.push(self._stream.push(token))
+    if (stopped or last) and self._stream and not self._stops.found:
+      text += self._stops.push(self._stream.finish()) + self._stops.finish()
+    stopped = stopped or self._stops.found
+    self._text.append(text)
+    completion = self._complete("stop" if stopped else "length") if stopped or last else None
+    return Delta(self.request_id, token, text, completion)
+
+  def _complete(self, reason: str) -> Completion:
+    logprobs = None if self.params.logprobs is None else tuple(self._logprobs)
+    return Completion(self.request_id, self.num_prompt, tuple(self._tokens), "".join(self._text), reason, logprobs, self._ttft)
+
+
+class StopStrings:
+  """Passes text through up to the first stop string, holding back what may be the beginning of one."""
+
+  def __init__(self, stops: tuple[str, ...]):
+    self.stops, self.found, self._held = stops, False, ""
+
+  def push(self, text: str) -> str:
+    """What has become certain."""
+    if self.found:
+      return ""
+    self._held += text
+    ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
+    if ends:  # the one that is complete first, so that it does not matter how the text came in pieces
+      self.found, certain, self._held = True, self._held[: min(ends)[1]], ""
+      return certain
+    keep = max((self._overlap(stop) for stop in self.stops), default=0)
+    certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+    return certain
+
+  def finish(self) -> str:
+    held, self._held = self._held, ""
+    return held
+
+  def _overlap(self, stop: str) -> int:
+    """Length of the longest end of the held text that begins `stop`."""
+    longest = min(len(stop) - 1, len(self._held))
+    return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)

@@ -1,0 +1,199 @@
+"""Who runs next: admission, pages and eviction, in Python ints. Imports no jax.
+
+The scheduler runs one step ahead of what has been read: it plans step n + 1 while step n computes, since a sequence's
+length does not depend on which token was chosen. So a sequence may have one token that is `unread`: chosen on the device,
+not yet known here. `schedule` plans a step, `commit` hands in what one chose.
+
+    waiting --admit--> running --finish--> gone
+       ^----- evict -----'        (its pages are freed; its tokens are computed again later, with the same result)
+
+Pages belong to a data shard; a sequence lives on one shard from admission to its end or eviction.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from jaxfp8.errors import InputError
+from jaxfp8.serving.pages import PageAllocator
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+  """One request on its way. `tokens` are the prompt and what has been chosen and read."""
+
+  request_id: int
+  tokens: list[int]
+  num_prompt: int
+  max_tokens: int  # prompt and new tokens together
+  num_computed: int = 0  # tokens whose keys and values are in the pool, or will be by the steps planned so far
+  unread: int = 0  # chosen tokens that have not been read: 1 while a step is under way, 2 for a moment
+  on_device: bool = False  # whether the device still holds the last chosen token
+  shard: int = 0
+  place: int = 0
+
+  @property
+  def length(self) -> int:
+    """Tokens of the sequence, the unread one included."""
+    return len(self.tokens) + self.unread
+
+  @property
+  def is_decoding(self) -> bool:
+    return self.on_device and self.num_computed == self.length - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """What one step computes of one sequence: tokens start .. stop - 1. The last of all tokens makes it choose the next."""
+
+  sequence: Sequence
+  start: int
+  stop: int
+  emits: bool
+  from_device: bool
+  pages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+  """kind is "prefill" or "decode"; chunks are listed per data shard."""
+
+  kind: str
+  shards: tuple[tuple[Chunk, ...], ...]
+
+  def chunks(self) -> Iterable[Chunk]:
+    return (chunk for shard in self.shards for chunk in shard)
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens of the fullest shard: what the batch's size must hold."""
+    return max(sum(chunk.stop - chunk.start for chunk in shard) for shard in self.shards)
+
+
+class Scheduler:
+  """Plans steps for sequences over `num_shards` pools.
+
+  Args:
+    num_pages, page_size: each shard's pool.
+    max_sequences: running sequences a shard.
+    max_tokens: tokens a shard may compute in one prefill step; longer prompts are cut into chunks.
+  """
+
+  def __init__(self, *, num_pages: int, page_size: int, max_sequences: int, max_tokens: int, num_shards: int = 1):
+    self.pools = [PageAllocator(num_pages, page_size) for _ in range(num_shards)]
+    self.max_sequences, self.max_tokens = max_sequences, max_tokens
+    self.waiting: collections.deque[Sequence] = collections.deque()
+    self.running: list[Sequence] = []  # oldest first
+    self.num_evictions = 0
+
+  def add(self, request_id: int, prompt: list[int], max_new_tokens: int) -> Sequence:
+    """Queues a request. Raises InputError if it could never fit in the pool."""
+    sequence = Sequence(request_id, list(prompt), len(prompt), len(prompt) + max_new_tokens)
+    pool = self.pools[0]
+    if pool.pages_for(sequence.max_tokens) > pool.num_pages:
+      raise InputError(
+        f"scheduler: a prompt of {len(prompt)} tokens with {max_new_tokens} new ones needs "
+        f"{pool.pages_for(sequence.max_tokens)} pages of {pool.page_size} tokens; the pool has {pool.num_pages}. "
+        "Use a shorter prompt, fewer new tokens or a larger pool."
+      )
+    self.waiting.append(sequence)
+    return sequence
+
+  @property
+  def has_work(self) -> bool:
+    return bool(self.waiting or self.running)
+
+  def schedule(self) -> StepPlan | None:
+    """Plans the next step. None: nothing can be planned before an outstanding step is committed, or there is no work.
+
+    A prompt in flight is computed together with one token of every decoding sequence, so that weights are read once.
+    """
+    self._admit()
+    ready = [s for s in self.running if s.length < s.max_tokens]
+    prompts = [s for s in ready if not s.is_decoding]
+    budgets = [self.max_tokens if prompts else self.max_sequences] * len(self.pools)
+    chunks: list[list[Chunk]] = [[] for _ in self.pools]
+    blocked = set()  # shards where the one to evict has an unread token: no more is planned for them
+    for sequence in [s for s in ready if s.is_decoding] + prompts:
+      size = min(sequence.length - sequence.num_computed, budgets[sequence.shard])
+      if size < 1 or sequence.shard in blocked or sequence not in self.running:
+        continue
+      if self._make_room(sequence, sequence.num_computed + size):
+        chunks[sequence.shard].append(self._plan_chunk(sequence, size))
+        budgets[sequence.shard] -= size
+      elif self._youngest(sequence.shard) is not sequence:
+        blocked.add(sequence.shard)
+    return self._planned(chunks)
+
+  def commit(self, plan: StepPlan, tokens: dict[Sequence, int]) -> None:
+    """Appends what a planned step chose. Sequences that ended meanwhile are passed over."""
+    for chunk in plan.chunks():
+      if chunk.emits and chunk.sequence in self.running:
+        chunk.sequence.tokens.append(tokens[chunk.sequence])
+        chunk.sequence.unread -= 1
+
+  def finish(self, sequence: Sequence) -> None:
+    """Ends a sequence and frees its pages; a step already started may still write to them, before anyone else's does."""
+    if sequence in self.running:
+      self.running.remove(sequence)
+      self.pools[sequence.shard].free(sequence)
+    elif sequence in self.waiting:
+      self.waiting.remove(sequence)
+
+  def check_integrity(self) -> None:
+    for pool in self.pools:
+      pool.check_integrity()
+
+  def _planned(self, chunks: list[list[Chunk]]) -> StepPlan | None:
+    """A step whose prompts all wait for pages is a decode step."""
+    if not any(chunks):
+      return None
+    kind = "decode" if all(chunk.from_device for shard in chunks for chunk in shard) else "prefill"
+    return StepPlan(kind, tuple(tuple(shard) for shard in chunks))
+
+  def _plan_chunk(self, sequence: Sequence, size: int) -> Chunk:
+    start, stop = sequence.num_computed, sequence.num_computed + size
+    emits = stop == sequence.length
+    chunk = Chunk(sequence, start, stop, emits, sequence.is_decoding, tuple(self.pools[sequence.shard].pages_of(sequence)))
+    sequence.num_computed = stop
+    if emits:
+      sequence.unread, sequence.on_device = sequence.unread + 1, True
+    return chunk
+
+  def _admit(self) -> None:
+    """Moves waiting sequences to the emptiest shard with a place and room for their first chunk."""
+    while self.waiting:
+      sequence = self.waiting[0]
+      shard = min(range(len(self.pools)), key=lambda i: (self._num_running(i), -self.pools[i].num_free))
+      first = min(sequence.length, self.max_tokens)
+      if self._num_running(shard) >= self.max_sequences or not self.pools[shard].can_grow(sequence, first):
+        return
+      self.waiting.popleft()
+      taken = {s.place for s in self.running if s.shard == shard}
+      sequence.shard, sequence.place = shard, next(i for i in range(self.max_sequences) if i not in taken)
+      self.pools[shard].grow(sequence, first)
+      self.running.append(sequence)
+
+  def _num_running(self, shard: int) -> int:
+    return sum(s.shard == shard for s in self.running)
+
+  def _youngest(self, shard: int) -> Sequence:
+    return [s for s in self.running if s.shard == shard][-1]
+
+  def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    """Gives the sequence its pages, evicting younger ones of its shard if it must; False if that has to wait."""
+    pool = self.pools[sequence.shard]
+    while not pool.can_grow(sequence, num_tokens):
+      youngest = self._youngest(sequence.shard)
+      if youngest is sequence or youngest.unread:
+        return False
+      self._evict(youngest)
+    pool.grow(sequence, num_tokens)
+    return True
+
+  def _evict(self, sequence: Sequence) -> None:
+    self.running.remove(sequence)
+    self.pools[sequence.shard].free(sequence)
+    sequence.num_computed, sequence.on_device = 0, False
+    self.waiting.appendleft(sequence)
+    self.num_evictions += 1

@@ -1,0 +1,305 @@
+"""The programs: `prefill` and `decode` as pure functions, and `CompiledSteps`, which compiles them ahead of time.
+
+    logits_BV, cache = prefill(model, cache, batch)     # a researcher's loop
+    state, sampled = steps.run(state, inputs)           # the engine's: sampling fused in, state donated
+
+A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even where all are 1, one program per kind
+and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next step can be
+started before anyone has read them; what is returned is whole on every device.
+Refuses to know requests, text and which sequence owns which page.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxfp8.checkpoint.load import mesh_shape
+from jaxfp8.errors import InputError
+from jaxfp8.model.batch import DecodeBatch, PrefillBatch
+from jaxfp8.model.kv_cache import DEFAULT_PAGE_SIZE, KVCache
+from jaxfp8.model.llama import Llama
+from jaxfp8.model.sampling import Sampled, SamplingBatch, sample
+from jaxfp8.serving import program_cache
+from jaxfp8.sharding import DATA, TENSOR, concatenate_over
+from pallas_kernels import Target, conformance, debug
+from pallas_kernels.float8_bytes import loop_views, view_as_bytes
+
+# A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
+GPU_OPTIONS = {
+  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES,WHILE,CONDITIONAL,DYNAMIC_SLICE_FUSION"
+}
+FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
+
+
+def prefill(model: Llama, cache: KVCache, batch: PrefillBatch) -> tuple[jax.Array, KVCache]:
+  """Runs ragged prompts; returns (float32 logits [B, V] after each sequence's last token, the cache with them in it)."""
+  hidden_TD, cache = model(batch, cache)
+  return model.logits(hidden_TD[batch.last_tokens()]), cache
+
+
+def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
+  """Runs one token of each sequence; returns (float32 logits [B, V], the cache with them in it)."""
+  hidden_TD, cache = model(batch, cache)
+  return model.logits(hidden_TD), cache
+
+
+@flax.struct.dataclass
+class State:
+  """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
+
+  last_tokens: int32 [data * places], the token last chosen for each place.
+  history: int32 [data * places, tokens of max_pages], the tokens of the sequence in each place, for penalties.
+  """
+
+  cache: KVCache
+  last_tokens: jax.Array
+  history: jax.Array
+
+
+@flax.struct.dataclass
+class StepInput:
+  """One step's batch with what sampling needs.
+
+  place_B: int32, where in last_tokens each sequence stands (on its data shard); out of range for an empty row.
+  emit_B: bool, whether the chosen token is the sequence's next one (false in the middle of a prompt).
+  """
+
+  batch: PrefillBatch | DecodeBatch
+  place_B: jax.Array
+  emit_B: jax.Array
+  sampling: SamplingBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """The static sizes of a run, per data shard.
+
+  num_pages: pages of the KV pool. max_sequences: sequences in flight. max_pages: pages of one sequence.
+  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending; the last decode size
+    holds max_sequences.
+  num_logprobs: most probable tokens returned with each token.
+
+  Raises InputError for sizes that are not positive or not in order.
+  """
+
+  num_pages: int
+  max_sequences: int
+  max_pages: int
+  prefill_sizes: tuple[int, ...] = (32, 128, 512)
+  decode_sizes: tuple[int, ...] = (2, 8, 32)
+  page_size: int = DEFAULT_PAGE_SIZE
+  num_logprobs: int = 0
+
+  def __post_init__(self):
+    for name in ("prefill_sizes", "decode_sizes"):
+      sizes = getattr(self, name)
+      if not sizes or sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise InputError(f"limits: {name} must be positive and ascending; got {sizes}.")
+    for name in ("num_pages", "max_sequences", "max_pages"):
+      if getattr(self, name) < 1:
+        raise InputError(f"limits: {name} must be at least 1; got {getattr(self, name)}.")
+    if self.decode_sizes[-1] < self.max_sequences:
+      raise InputError(
+        f"limits: the last of decode_sizes must hold max_sequences={self.max_sequences}; got {self.decode_sizes}. Add a size."
+      )
+
+  def decode_size(self, num_sequences: int) -> int:
+    return next(size for size in self.decode_sizes if size >= num_sequences)
+
+  def prefill_size(self, num_tokens: int) -> int:
+    return next(size for size in self.prefill_sizes if size >= num_tokens)
+
+
+class CompiledSteps:
+  """The programs of one model on one mesh. Holds the weights; everything that changes is in State."""
+
+  def __init__(self, model: Llama, mesh: Mesh, limits: Limits):
+    if mesh_shape(mesh) != dataclasses.replace(model.shape, data=mesh.shape[DATA]):
+      raise InputError(f"steps: the model was loaded for {model.shape}; the mesh is {mesh_shape(mesh)}. Load it for this mesh.")
+    self.limits, self.mesh, self.config = limits, mesh, model.config
+    self.kv = model.recipe.kv
+    self.compile_seconds = 0.0
+    self._graph, self._tree, weights, self._specs = _split_for_mesh(model, mesh)
+    self._target = Target.of(mesh.devices.flat[0])
+    self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
+    self._kernels = model.runtime.implementation not in ("xla", "reference")
+    self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
+    self._identity = repr((model.config, model.recipe, model.formats, model.shape, model.runtime, mesh_shape(mesh), limits))
+
+  @property
+  def num_shards(self) -> int:
+    return self.mesh.shape[DATA]
+
+  def init_state(self) -> State:
+    """An empty pool and no tokens, on the devices."""
+    return jax.jit(self._empty_state, out_shardings=self._shardings(self._state_specs()))()
+
+  def compile(self, kind: str, size: int) -> jax.stages.Compiled:
+    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once.
+
+    On the first use of a GPU its kernels are compared with plain XLA. Raises InputError where they differ.
+    """
+    if (kind, size) not in self._programs:
+      start = time.perf_counter()
+      self._require_kernels()
+      key = f"{kind} {size} {self._identity}"
+      program = program_cache.load(key, self.mesh)
+      if program is None:
+        with debug.unchecked():  # `run` looks at the arrays, which it has at hand
+          program = self.build(self.lower(kind, size))
+        program_cache.store(key, program, self.mesh)
+      self._programs[kind, size] = program
+      self.compile_seconds += time.perf_counter() - start
+    return self._programs[kind, size]
+
+  def build(self, lowered: jax.stages.Lowered, **options: str) -> jax.stages.Compiled:
+    """Compiles with the options of the mesh's platform, and more of XLA's for who wants to look (xla_dump_to)."""
+    return lowered.compile(compiler_options={**({} if self._target.platform == "cpu" else GPU_OPTIONS), **options} or None)
+
+  def _require_kernels(self) -> None:
+    if self._kernels:
+      local = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+      try:
+        conformance.require(local[0], jax.config.jax_compilation_cache_dir or "")
+      except conformance.KernelError as error:
+        raise InputError(str(error)) from error
+
+  def lower(self, kind: str, size: int) -> jax.stages.Lowered:
+    step, args = self.traceable(kind, size)
+    return step.lower(*args)
+
+  def traceable(self, kind: str, size: int) -> tuple[jax.stages.Wrapped, tuple]:
+    """The step under jit, not yet traced, and its abstract arguments: weights, state (donated), inputs."""
+    inputs = self.abstract_inputs(kind, size)
+    state = self.abstract_state()
+    input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
+    step = jax.shard_map(
+      functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
+      mesh=self.mesh,
+      in_specs=(self._specs, self._state_specs(), input_specs),
+      out_specs=(self._state_specs(), PartitionSpec()),
+      check_vma=False,
+    )
+    weights = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self._weights)
+    args = tuple(
+      jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
+      for tree, shardings in (
+        (weights, self._shardings(self._specs)),
+        (state, self._shardings(self._state_specs())),
+        (inputs, self._shardings(input_specs)),
+      )
+    )
+    return jax.jit(step, donate_argnums=1), args
+
+  def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
+    """Donates state. Starts one step; the results are on their way when this returns.
+
+    Raises ValueError under `pallas_kernels.debug_checks` for pages, lengths or query starts that cannot be.
+    """
+    if debug.checking():
+      self._check(inputs.batch)
+    kind = "prefill" if isinstance(inputs.batch, PrefillBatch) else "decode"
+    return self.compile(kind, inputs.batch.tokens_T.shape[0] // self.num_shards)(self._weights, state, inputs)
+
+  def _check(self, batch: PrefillBatch | DecodeBatch) -> None:
+    sizes = {"num_pages": self.limits.num_pages, "page_size": self.limits.page_size}
+
+    def cut(array):
+      return [None] * self.num_shards if array is None else np.split(np.asarray(array), self.num_shards)
+
+    for arrays in zip(*map(cut, (batch.page_table_BM, batch.lengths_B, batch.query_starts)), strict=True):
+      num_tokens = batch.tokens_T.shape[0] // self.num_shards
+      debug.require_pages(type(batch).__name__, *arrays, num_tokens=num_tokens, **sizes)
+
+  def abstract_inputs(self, kind: str, size: int) -> StepInput:
+    shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tokens, lengths = ints((shards * size,)), ints((shards * rows,))
+    table = ints((shards * rows, self.limits.max_pages))
+    if kind == "prefill":
+      batch = PrefillBatch(tokens, ints((shards * (rows + 1),)), lengths, table)
+    else:
+      batch = DecodeBatch(tokens, lengths, table)
+    B = (shards * rows,)
+    seeds = jax.ShapeDtypeStruct(B, jnp.uint32)
+    sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
+    return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+
+  @property
+  def num_weights(self) -> int:
+    """How many of a program's arguments, the first ones, are weights."""
+    return len(self._weights)
+
+  def abstract_state(self) -> State:
+    return jax.eval_shape(self._empty_state)
+
+  def _empty_state(self) -> State:
+    limits = self.limits
+    cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
+    pack, _ = loop_views(self._target)
+    places = limits.max_sequences * self.num_shards
+    history = jnp.zeros((places, limits.max_pages * limits.page_size), jnp.int32)
+    return pack(State(cache, jnp.zeros(places, jnp.int32), history))
+
+  def _state_specs(self) -> State:
+    cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
+    return State(cache.specs(), PartitionSpec(DATA), PartitionSpec(DATA))
+
+  def _shardings(self, specs):
+    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _split_for_mesh(model: Llama, mesh: Mesh):
+  """(graph, tree, weights, specs): the model as a flat tuple of arrays for shard_map; calls merge while tracing."""
+  twin = Llama(
+    model.config,
+    model.recipe,
+    formats=model.formats,
+    shape=model.shape,
+    axes=TENSOR,
+    implementation=model.runtime.implementation,
+    target=Target.of(mesh.devices.flat[0]),
+  )
+  graph, abstract = nnx.split(twin)
+  weights = jax.tree.leaves(nnx.state(model))
+  if jax.tree.structure(abstract).num_leaves != len(weights):
+    raise InputError("steps: the model's weights are not those of its config. Load it again.")
+  return graph, jax.tree.structure(abstract), tuple(weights), tuple(twin.partitions())
+
+
+def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInput) -> tuple[State, Sampled]:
+  """What one data shard computes."""
+  pack, unpack = loop_views(target)
+  weights, state = unpack((weights, state))
+  model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
+  batch = inputs.batch
+  sequence_T, position_T = batch.places()
+  known = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
+  batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, known, batch.tokens_T))
+  run = prefill if isinstance(batch, PrefillBatch) else decode
+  logits, cache = run(model, state.cache, batch)
+  history = state.history
+  position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
+  history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
+  sampled = sample(
+    logits,
+    inputs.sampling,
+    batch.lengths_B,
+    vocab_size=vocab_size,
+    axes=TENSOR,
+    num_logprobs=num_logprobs,
+    history_BS=lambda: jnp.take(history, inputs.place_B, axis=0, mode="clip"),
+  )
+  place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
+  last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
+  # Whole on every device, so that every process can read it.
+  return pack(State(cache, last_tokens, history)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)

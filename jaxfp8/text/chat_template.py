@@ -1,0 +1,88 @@
+"""A model's chat template: messages in, text out, whatever the template does.
+
+The template runs in a child process (chat_template_child.py) that starts with the first chat and stays until this object goes:
+0.1 to 0.3 s once, then under a millisecond a chat. It refuses to know tokens.
+"""
+
+import contextlib
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxfp8.errors import InputError
+
+_CHILD = pathlib.Path(__file__).parent / "chat_template_child.py"
+_WAY_OUT = "Pass --raw, or a checkpoint with a working template."
+
+
+class ChatTemplate:
+  """Renders one Jinja template. Thread safe."""
+
+  def __init__(self, template: str, special_tokens: Mapping[str, str], seconds: float = 2.0):
+    self._template = template
+    self._special_tokens = dict(special_tokens)
+    self._seconds = seconds
+    self._lock = threading.Lock()
+    self._child: subprocess.Popen | None = None
+
+  def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    """The prompt's text. Raises InputError when the template raises, is not Jinja, or takes longer than `seconds`."""
+    variables = {
+      **self._special_tokens,
+      "messages": [dict(message) for message in messages],
+      "tools": None,
+      "documents": None,
+      "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+      request = json.dumps({"template": self._template, "variables": variables})
+    except TypeError as error:
+      raise InputError(f"chat: messages must hold text and plain values: {error}. Pass role and content as strings.") from error
+    with self._lock:
+      answer = self._ask(request)
+    if "error" in answer:
+      raise InputError(f"chat: the model's chat template failed: {answer['error']}. {_WAY_OUT}")
+    return answer["text"]
+
+  def _ask(self, request: str) -> dict[str, Any]:
+    if self._child is None or self._child.poll() is not None:
+      self._child = self._start()
+    child = self._child
+    with contextlib.suppress(BrokenPipeError):
+      child.stdin.write(request + "\n")
+      child.stdin.flush()
+    line = child.stdout.readline()
+    if not line.endswith("\n"):  # the clock or a memory fault ended it
+      child.wait()
+      self._child = None
+      raise InputError(f"chat: the model's chat template did not end within {self._seconds:g} s and 1 GB. {_WAY_OUT}")
+    return json.loads(line)
+
+  def _start(self) -> subprocess.Popen:
+    # -P: the child's own folder holds jaxfp8's modules, which must not stand in for anyone else's.
+    child = subprocess.Popen(
+      [sys.executable, "-P", str(_CHILD), str(self._seconds)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      encoding="utf-8",
+    )
+    weakref.finalize(self, _stop, child)
+    if not child.stdout.readline():
+      reason = (child.stderr.read().strip().splitlines() or ["no reason given"])[-1]
+      raise InputError(f"chat: the process that renders chat templates did not start: {reason}. Pass --raw.")
+    child.stderr.close()
+    return child
+
+
+def _stop(child: subprocess.Popen) -> None:
+  child.kill()
+  child.wait()
+  for pipe in (child.stdin, child.stdout, child.stderr):
+    with contextlib.suppress(OSError):
+      pipe.close()

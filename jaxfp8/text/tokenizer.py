@@ -1,0 +1,142 @@
+"""Text to token ids and back, for one model: plain prompts, chats, and a stream that prints as it is decoded.
+
+    TokenizerFiles -> Tokenizer.encode, chat -> ids -> Tokenizer.stream().push, decode -> text
+
+It refuses to know the model and the engine; stop strings are the engine's business.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
+from jaxfp8.errors import InputError
+from jaxfp8.text.chat_template import ChatTemplate
+
+_HALF = "�"  # what bytes that are not (yet) UTF-8 decode to
+_MAX_HELD = 64  # tokens; a character takes at most four, so what is still undecodable after these never will be
+
+
+class Tokenizer:
+  """Raises InputError when the files are not a tokenizer that the tokenizers library reads."""
+
+  def __init__(self, files: TokenizerFiles):
+    self._files = files
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(files.tokenizer_json)
+    except Exception as error:  # the library raises bare Exception
+      raise InputError(f"tokenizer: tokenizer.json cannot be read: {error}. Fetch it again with the checkpoint.") from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.bos_id = self._special_id("bos_token")
+    self.eos_id = self._special_id("eos_token")
+    self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+
+  @classmethod
+  def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint, Hugging Face folder or GGUF file; None is the default model.
+
+    Raises InputError where there is none.
+    """
+    from jaxfp8.checkpoint.convert import read_tokenizer  # needs jax, which text does not
+
+    files = read_tokenizer(path)
+    if files is None:
+      raise InputError(f"tokenizer: {path} has none, so it cannot read text. Pass a checkpoint with tokenizer.json.")
+    return cls(files)
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of ids with a text; a model's V may be larger."""
+    return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+  @property
+  def has_chat_template(self) -> bool:
+    return self._template is not None
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a raw prompt, with one BOS in front where the model wants one. Special tokens written out are recognized."""
+    ids = self._encode(text)
+    if self._files.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+      ids.insert(0, self.bos_id)
+    return ids
+
+  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    """The ids of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
+
+    BOS is there if and only if the template writes it, as in transformers. Special tokens inside a message's text
+    are recognized too: who passes on text from strangers should look for them.
+    """
+    return self._encode(self.chat_text(messages, add_generation_prompt))
+
+  def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    """What `chat` encodes. Raises InputError for a model without a template and for a template that fails."""
+    if self._template is None:
+      raise InputError("tokenizer: this model carries no chat template. Pass --raw, or a model tuned for chats.")
+    return self._template.render(messages, add_generation_prompt)
+
+  def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+    """Text; special tokens are left out unless `keep_special`, and ids beyond the vocabulary always are."""
+    return self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
+
+  def token_text(self, token_id: int) -> str:
+    """One token by itself, special or not, for lists of log-probabilities. Half a character shows as U+FFFD."""
+    return self.decode([token_id], keep_special=True)
+
+  def stream(self) -> "TextStream":
+    return TextStream(self)
+
+  def _encode(self, text: str) -> list[int]:
+    try:
+      text.encode("utf-8")  # the library's own complaint about a lone surrogate is a TypeError
+    except UnicodeEncodeError as error:
+      raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def _special_id(self, name: str) -> int | None:
+    text = self._files.special_tokens.get(name)
+    try:
+      return None if text is None else self._tokenizer.token_to_id(text)
+    except UnicodeEncodeError as error:
+      raise InputError(f"tokenizer: {name} must be Unicode; got {text!r}. Fetch tokenizer_config.json again.") from error
+
+
+class TextStream:
+  """Token ids in, whole characters out: all that `push` and `finish` gave, joined, is `decode` of all ids.
+
+  (But for bytes that are no UTF-8 at all, which a decoder may show by more or fewer U+FFFD.)
+  A window of the last tokens is decoded each time: a token's text depends on its neighbours (a leading space is dropped
+  at the start of a text, one character may take four tokens). The window starts with a token that is already out.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._window: list[int] = []  # ids from the last chunk that came out, which gives the context, to the newest
+    self._num_out = 0  # ids of the window whose text is out in full
+    self._text_out = 0  # characters of the window's text that are out
+
+  def push(self, token_id: int) -> str:
+    """The characters that this token completes; often a word, sometimes nothing."""
+    self._window.append(token_id)
+    text = self._tokenizer.decode(self._window)
+    held_too_long = len(self._window) - self._num_out > _MAX_HELD
+    whole = text if held_too_long else text.rstrip(_HALF)
+    new = whole[self._text_out :]
+    if new:
+      self._text_out += len(new)
+      if whole == text:
+        # The tokens of this text stay as context for what follows; what was context before is no longer needed.
+        self._window = self._window[self._num_out :]
+        self._num_out = len(self._window)
+        self._text_out = len(self._tokenizer.decode(self._window))
+    elif held_too_long:
+      del self._window[self._num_out :]  # special tokens, which have no text
+    return new
+
+  def finish(self) -> str:
+    """What was held back: characters that never became whole."""
+    new = self._tokenizer.decode(self._window)[self._text_out :]
+    self._window, self._num_out, self._text_out = [], 0, 0
+    return new

@@ -1,0 +1,142 @@
+"""Running `python -m jaxfp8.generate` in tests, in this process or its own, and tiny checkpoints whose answers are known."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jaxfp8.commands import command as cli
+from jaxfp8.commands import generate
+from jaxfp8.config import LlamaConfig
+from tests.helpers import tiny_models
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHAIN = "aéω世🌍!"  # one to four bytes a character, and no byte twice
+_END = 258
+
+
+@dataclasses.dataclass
+class Ran:
+  code: int
+  out: str
+  err: str
+
+
+def run_here(monkeypatch, capsys, *args: str, stdin: bytes = b"") -> Ran:
+  """`generate` with these arguments, in this process."""
+  flags = generate.FLAGS
+  for name in flags:
+    flags[name].unparse()
+  flags.unparse_flags()
+  monkeypatch.setattr(sys, "argv", ["generate", *map(str, args)])
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+  capsys.readouterr()
+  try:
+    cli.run(generate.main, flags)
+  except SystemExit as end:
+    code = end.code
+  out, err = capsys.readouterr()
+  return Ran(code, out, err)
+
+
+def start(
+  *args: str, script: str | None = None, terminal: str | None = None, env: dict[str, str] | None = None, **popen
+) -> subprocess.Popen:
+  """The command (or a script) as a process of its own, with one CPU device unless it asks for more.
+
+  terminal: the device that it runs at, as its controlling terminal.
+  """
+  variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (env or {})
+  command = [sys.executable, *(["-c", script] if script else ["-m", "jaxfp8.generate"]), *map(str, args)]
+  options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+  if terminal:  # the first one that the leader of a session opens becomes the controlling one
+    command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
+    options |= {"stdout": None, "stderr": None, "start_new_session": True}
+  return subprocess.Popen(command, cwd=ROOT, env=variables, **(options | popen))
+
+
+def end(process: subprocess.Popen) -> Ran:
+  try:
+    out, err = process.communicate(timeout=120)
+  finally:
+    process.kill()
+  return Ran(process.returncode, out, err)
+
+
+def run(*args: str, **options) -> Ran:
+  return end(start(*args, **options))
+
+
+def wait_until(condition, seconds: float = 60.0):
+  """What `condition()` gives once it is true."""
+  until = time.monotonic() + seconds
+  while not (value := condition()):
+    assert time.monotonic() < until, "waited in vain"
+    time.sleep(0.02)
+  return value
+
+
+@contextlib.contextmanager
+def compiled_programs_restored() -> Iterator[None]:
+  """The command turns JAX's compilation cache on for its whole process, which here runs other tests too."""
+  names = [
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+  ]
+  before = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def write_chain(folder: pathlib.Path, text: str = CHAIN, *, endless: bool = False, max_context: int = 256) -> pathlib.Path:
+  """A model that answers each byte of `text` with the next one and the last with the end, or with the first if `endless`.
+
+  Attention and MLP add nothing, the embedding is one-hot, and the head is the table of successors. Any other token
+  (so a prompt that is not in the text) is answered with the text from its start.
+  """
+  config = LlamaConfig(
+    name="chain", vocab_size=259, d_model=260, d_ff=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+    max_context=max_context, bos_id=257, eos_ids=(_END,),
+  )  # fmt: skip
+  symbols = byte_symbols()
+  ids = list(text.encode())
+  successor = np.full(config.vocab_size, ids[0])
+  successor[ids] = [*ids[1:], ids[0] if endless else _END]
+  weights = tiny_models.make_weights(config)
+  for name, weight in weights.items():
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+      weight[:] = 0
+    if "norm" in name:
+      weight[:] = 1
+  weights["model.embed_tokens.weight"] = np.eye(config.vocab_size, config.d_model, dtype=np.float32)
+  head = np.zeros((config.vocab_size, config.d_model), np.float32)
+  head[successor, np.arange(config.vocab_size)] = 1
+  weights["lm_head.weight"] = head
+  tiny_models.write_hf_folder(folder, config, weights)
+  vocab = {symbols[byte]: byte for byte in range(256)} | {"<unk>": 256, "<s>": 257, "</s>": _END}
+  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+  tokenizer.save(str(folder / "tokenizer.json"))
+  return folder
+
+
+def byte_symbols() -> list[str]:
+  """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = iter(range(256, 512))
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]

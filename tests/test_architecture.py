@@ -1,0 +1,141 @@
+"""The shape of the house: who may import whom, what stays free of jax, and how long a file may be."""
+
+import ast
+import functools
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Modules and packages that load no jax, however they are reached.
+NO_JAX = [
+  "errors",
+  "units",
+  "progress",
+  "plots",
+  "config",
+  "mesh",
+  "planning.devices",
+  "planning.roofline",
+  "planning.deployment",
+  "planning.planner",
+  "planning.advice",
+  "planning.verdict",
+  "planning.published",
+  "planning.compile_request",
+  "planning.report",
+  "planning.plots",
+  "inspection.hlo",
+  "inspection.traffic",
+  "checkpoint.tokenizer_files",
+  "checkpoint.readers",
+  "checkpoint.readers.huggingface",
+  "checkpoint.readers.gguf_file",
+  "text.chat_template",
+  "text.tokenizer",
+  "quantization.observers",
+  "quantization.plots",
+  "distributed.environment",
+  "serving.pages",
+  "serving.scheduler",
+  "commands.command",
+  "commands.plan",
+  "commands.generate",
+]
+WITH_JAX = ("jax", "jaxlib", "flax", "orbax", "optax", "tensorstore", "pallas_kernels")
+MAX_LINES = 320
+
+
+def files_of(*folders: str) -> list[pathlib.Path]:
+  return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@functools.cache
+def imports_of(path: pathlib.Path) -> frozenset[str]:
+  """Dotted names of everything that is imported, inside functions too; `from a import b` counts as a.b."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return frozenset(found)
+
+
+def test_no_jax_when_run():
+  """The planner, the readers and the scheduler run where there is no jax at all."""
+  code = f"""
+import importlib, sys
+for name in {NO_JAX}:
+  importlib.import_module("jaxfp8." + name)
+loaded = sorted({{name.split(".")[0] for name in sys.modules}} & set({WITH_JAX}))
+assert not loaded, loaded
+"""
+  ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", files_of("pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_know_nothing_of_the_model(path):
+  assert not [name for name in imports_of(path) if name.split(".")[0] in ("jaxfp8", "tools", "flax", "absl")]
+
+
+def test_flags_only_at_the_entries():
+  with_flags = {
+    str(path.relative_to(ROOT))
+    for path in files_of("jaxfp8", "pallas_kernels")
+    if any(name.split(".")[0] == "absl" for name in imports_of(path))
+  }
+  assert all(path.startswith("jaxfp8/commands/") for path in with_flags), with_flags
+  for path in files_of("jaxfp8", "pallas_kernels", "tools"):
+    assert not [name for name in imports_of(path) if name.split(".")[0] == "tests"]
+    if path.is_relative_to(ROOT / "jaxfp8"):
+      assert not [name for name in imports_of(path) if name.split(".")[0] == "tools"]
+
+
+def test_import_is_light():
+  """`import jaxfp8` alone loads no library for checkpoints or text."""
+  heavy = ("orbax", "tensorstore", "safetensors", "gguf", "tokenizers", "jinja2", "matplotlib")
+  code = f"import sys, jaxfp8; loaded = [n for n in {heavy} if n in sys.modules]; assert not loaded, loaded"
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+  # And a model can be made and run with none of them.
+  code = f"""
+import sys, jaxfp8
+jaxfp8.Llama(jaxfp8.LlamaConfig.from_name("tiny"), jaxfp8.Recipe()), jaxfp8.KVCache, jaxfp8.prefill, jaxfp8.sample
+loaded = [n for n in {[name for name in heavy if name != "matplotlib"]} if n in sys.modules]
+assert not loaded, loaded
+"""
+  ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+class TestPublicNames:
+  def test_every_name_resolves(self):
+    jaxfp8 = importlib.import_module("jaxfp8")
+    for name in jaxfp8.__all__:
+      value = getattr(jaxfp8, name)
+      assert callable(value) and value.__doc__, f"{name} has no docstring"
+    assert sorted(dir(jaxfp8)) == sorted(jaxfp8.__all__)
+    assert 15 <= len(jaxfp8.__all__) <= 25
+
+  def test_no_name_is_a_modules(self):
+    """`from jaxfp8 import x` must not depend on whether jaxfp8.x was imported before."""
+    jaxfp8 = importlib.import_module("jaxfp8")
+    assert not set(jaxfp8.__all__) & {path.stem for path in (ROOT / "jaxfp8").iterdir()}
+
+  def test_an_unknown_name(self):
+    jaxfp8 = importlib.import_module("jaxfp8")
+    with pytest.raises(AttributeError, match="no attribute 'lama'; it exports Completion"):
+      _ = jaxfp8.lama
+
+
+@pytest.mark.parametrize("path", files_of("jaxfp8", "pallas_kernels", "tools"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_finished(path):
+  text = path.read_text(encoding="utf-8")
+  assert text.count("\n") <= MAX_LINES
+  assert "TO" + "DO" not in text and "FIX" + "ME" not in text
+  assert ast.get_docstring(ast.parse(text)), "a file says what it is"
