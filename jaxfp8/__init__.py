@@ -10,6 +10,35 @@ Names are imported when they are first used, so that `import jaxfp8` alone costs
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+# For type checkers and editors. A test compares these imports with _HOME.
+if TYPE_CHECKING:
+  from jaxfp8.checkpoint.convert import convert_checkpoint as convert_checkpoint
+  from jaxfp8.checkpoint.convert import load as load
+  from jaxfp8.checkpoint.load import make_mesh as make_mesh
+  from jaxfp8.checkpoint.load import save as save
+  from jaxfp8.config import LlamaConfig as LlamaConfig
+  from jaxfp8.errors import InputError as InputError
+  from jaxfp8.model.batch import DecodeBatch as DecodeBatch
+  from jaxfp8.model.batch import PrefillBatch as PrefillBatch
+  from jaxfp8.model.fp8 import QArray as QArray
+  from jaxfp8.model.fp8 import dequantize as dequantize
+  from jaxfp8.model.fp8 import quantize as quantize
+  from jaxfp8.model.kv_cache import KVCache as KVCache
+  from jaxfp8.model.llama import Llama as Llama
+  from jaxfp8.model.random_weights import random_weights as random_weights
+  from jaxfp8.model.sampling import SamplingParams as SamplingParams
+  from jaxfp8.model.sampling import sample as sample
+  from jaxfp8.planning.devices import DeviceSpec as DeviceSpec
+  from jaxfp8.planning.planner import plan_deployment as plan_deployment
+  from jaxfp8.recipe import Recipe as Recipe
+  from jaxfp8.serving.engine import Engine as Engine
+  from jaxfp8.serving.engine import Request as Request
+  from jaxfp8.serving.request_output import Completion as Completion
+  from jaxfp8.serving.steps import decode as decode
+  from jaxfp8.serving.steps import prefill as prefill
+  from jaxfp8.text.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
   "Completion": "serving.request_output",
@@ -22,7 +51,7 @@ _HOME = {
   "LlamaConfig": "config",
   "PrefillBatch": "model.batch",
   "QArray": "model.fp8",
-  "Recipe": "config",
+  "Recipe": "recipe",
   "Request": "serving.engine",
   "SamplingParams": "model.sampling",
   "Tokenizer": "text.tokenizer",
