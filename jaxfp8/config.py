@@ -1,4 +1,4 @@
-"""What a model is (`LlamaConfig`) and which numbers it runs in (`Recipe`). Imports no jax and reads no checkpoint.
+"""The sizes of a model (`LlamaConfig`). Imports no jax and reads no checkpoint.
 
 A config is validated once, when it is made, from one of these:
 
@@ -23,11 +23,6 @@ import numpy as np
 from jaxfp8.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "llama3")
-WEIGHT_DTYPES = ("fp8", "bf16", "f32")
-STATIC = "_static"  # behind a dtype: its scales are stored, not measured at run time
-ACTIVATION_DTYPES = ("fp8", "fp8" + STATIC, "bf16", "f32")  # of linear inputs, and of KV pages
-GRANULARITIES = ("tensor", "channel", "block128")
-BLOCK = 128  # side of a weight-scale block, in elements
 
 
 def refuse_model(what: str, value: Any) -> InputError:
@@ -161,51 +156,6 @@ class LlamaConfig:
   def to_dict(self) -> dict[str, Any]:
     """Plain values that JSON keeps; `from_dict` gives the same config back."""
     return {**dataclasses.asdict(self), "eos_ids": list(self.eos_ids)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """Which numbers a model runs in; it is stored with every checkpoint.
-
-  weights: linear layers' weights, "fp8" (e4m3fn with float32 scales), "bf16" or "f32". Embedding and head are bf16
-    in an fp8 recipe (quantizing the head costs more quality than all layers together).
-  granularity: what one weight scale covers: a "tensor", an output "channel" or a "block128" of 128 x 128.
-  activations: what the linear layers multiply with: "fp8" (dynamic scale per token), "fp8_static" (one stored scale per
-    matrix, from calibration), "bf16" or "f32".
-  kv: what the KV pages hold: "fp8" (scale per token and head), "fp8_static" (one stored scale per head), "bf16" or "f32".
-  """
-
-  weights: str = "fp8"
-  granularity: str = "channel"
-  activations: str = "bf16"
-  kv: str = "bf16"
-
-  def __post_init__(self):
-    for field, allowed in (
-      ("weights", WEIGHT_DTYPES),
-      ("granularity", GRANULARITIES),
-      ("activations", ACTIVATION_DTYPES),
-      ("kv", ACTIVATION_DTYPES),
-    ):
-      value = getattr(self, field)
-      if value not in allowed:
-        raise InputError(f"recipe: {field} must be one of {', '.join(allowed)}; got {value!r}.")
-    if self.activation_dtype == "fp8" and self.weights != "fp8":
-      raise InputError(f"recipe: fp8 activations need fp8 weights; got weights={self.weights!r}. Pass --activations=auto.")
-
-  @property
-  def activation_dtype(self) -> str:
-    """What `activations` are, however they are scaled: "fp8", "bf16" or "f32"."""
-    return self.activations.removesuffix(STATIC)
-
-  @property
-  def kv_dtype(self) -> str:
-    return self.kv.removesuffix(STATIC)
-
-  @property
-  def stream(self) -> str:
-    """Dtype of the residual stream, embedding and head: "f32" when weights or activations are, else "bf16"."""
-    return "f32" if "f32" in (self.weights, self.activations) else "bf16"
 
 
 def configs_folder() -> pathlib.Path:

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 
-from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import BLOCK, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Padded:
 
   @classmethod
   def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape) -> "Padded":
-    unit = shape.tensor * (BLOCK if recipe.weights == "fp8" and recipe.granularity == "block128" else 1)
+    unit = shape.tensor * (BLOCK if recipe.has_block_scales else 1)
     return cls(round_up(config.vocab_size, shape.tensor), round_up(config.d_ff, unit))
 
 

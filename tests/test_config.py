@@ -1,6 +1,5 @@
-"""LlamaConfig and Recipe: what is accepted, what is refused by name, and RoPE frequencies against their published formulas."""
+"""LlamaConfig: accepted configs, refused ones by name, and RoPE frequencies against their published formulas."""
 
-import dataclasses
 import json
 import math
 
@@ -10,7 +9,7 @@ import pytest
 from jaxfp8.checkpoint import readers
 from jaxfp8.checkpoint.readers.gguf_file import config_from_gguf
 from jaxfp8.checkpoint.readers.huggingface import config_from_hf
-from jaxfp8.config import LlamaConfig, Recipe, RopeConfig, configs_folder
+from jaxfp8.config import LlamaConfig, RopeConfig, configs_folder
 from jaxfp8.errors import InputError
 from tests.helpers import tiny_models
 
@@ -211,14 +210,3 @@ def test_gguf_rope_factors_give_llama3_back(factor):
 def test_gguf_metadata_is_refused_by_name(change, says):
   with pytest.raises(InputError, match=says):
     config_from_gguf(_gguf_metadata(**change), has_output=True)
-
-
-def test_recipes():
-  assert Recipe().stream == "bf16" and Recipe(weights="f32", activations="f32").stream == "f32"
-  for change in ({"weights": "fp4"}, {"granularity": "row"}, {"activations": "auto"}, {"kv": "int8"}):
-    with pytest.raises(InputError, match=next(iter(change))):
-      Recipe(**change)
-  with pytest.raises(InputError, match="fp8 activations need fp8 weights"):
-    Recipe(weights="bf16", activations="fp8")
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    Recipe().kv = "fp8"

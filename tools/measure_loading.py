@@ -20,8 +20,9 @@ import numpy as np
 from absl import flags
 
 from jaxfp8.commands import command as cli
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import LayerFormat, Precision, Recipe
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_float("gigabytes", 4.0, "Size of the checkpoint.", flag_values=FLAGS)
@@ -62,7 +63,6 @@ def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
   from jaxfp8.checkpoint import layout
   from jaxfp8.checkpoint.manifest import Manifest
   from jaxfp8.checkpoint.writer import CheckpointWriter
-  from jaxfp8.model.layers import LayerFormat
 
   sizes = {"vocab_size": 16384, "eos_ids": (2,), "bos_id": 1} | sizes
   config = dataclasses.replace(LlamaConfig.from_name("llama-3.1-8b"), num_layers=num_layers, **sizes)
@@ -70,7 +70,7 @@ def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
   rng = np.random.default_rng(0)
 
   def values(shape, dtype):
-    if dtype == layout.NUMPY_DTYPES["fp8"]:
+    if dtype == Precision.FP8.dtype:
       return rng.integers(0, 0x70, shape, np.uint8).view(dtype)  # finite ones
     return np.full(shape, 0.01, np.float32).astype(dtype)
 

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxfp8.checkpoint import device_arrays as filling
-from jaxfp8.checkpoint import layout, readers, static_scales
 from jaxfp8.checkpoint import load as checkpoint
+from jaxfp8.checkpoint import readers, static_scales
 from jaxfp8.checkpoint.dequantize_on_read import widened
 from jaxfp8.checkpoint.load import load_checkpoint
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, Manifest, is_checkpoint, read_manifest
@@ -27,9 +27,9 @@ from jaxfp8.checkpoint.quantized_source import SourceArrays, has_inputs, source_
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.writer import CheckpointWriter
-from jaxfp8.config import STATIC, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import Precision, Recipe
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, of how many)
 _WRITE_BYTES = 64 << 20  # few large writes: each costs Orbax some 50 ms whatever its size
@@ -81,7 +81,7 @@ def convert_checkpoint(
     recipe = dataclasses.replace(recipe, activations="fp8")
   arrays = SourceArrays(source, recipe, keep_bf16, _SCALES.get(activations, _SCALES["static"]))
   if activations == "static" and static_scales.complete(arrays.formats, arrays.expected):
-    recipe = dataclasses.replace(recipe, activations="fp8" + STATIC)
+    recipe = dataclasses.replace(recipe, activations=Precision.FP8_STATIC)
   about = {"source": source.path.name, "dialect": source.dialect, "versions": versions()}
   late = provenance if callable(provenance) else lambda: provenance or {}
   manifest = Manifest(
@@ -214,7 +214,7 @@ def fill_model(model: Llama, arrays: SourceArrays, read, scales: Mapping[str, np
   """Puts what `read(keys)` gives of `arrays` into an abstract model, and static scales from `scales`, or else the source."""
   own = {key: key for key in static_scales.wanted(model) if key in arrays.expected} | dict.fromkeys(scales)
   static_scales.require(static_scales.wanted(model), own, arrays.source.path)
-  ranges = widened(filling.whole_arrays(read), arrays.exceptions, arrays.expected, layout.NUMPY_DTYPES[model.recipe.stream])
+  ranges = widened(filling.whole_arrays(read), arrays.exceptions, arrays.expected, model.recipe.stream.dtype)
   model = filling.fill(model, ranges, mesh)
   return static_scales.fill(model, lambda key: scales[key] if key in scales else arrays.read((key,))[key], mesh)
 

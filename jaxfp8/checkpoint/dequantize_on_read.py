@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxfp8.checkpoint.device_arrays import Range, Read
 from jaxfp8.checkpoint.layout import scale_of_key, split_key
-from jaxfp8.config import BLOCK
+from jaxfp8.recipe import BLOCK
 
 
 def widened(read: Read, exceptions: Mapping[str, str], expected: Mapping[str, tuple], dtype: np.dtype) -> Read:

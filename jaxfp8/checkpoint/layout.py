@@ -21,20 +21,15 @@ from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.model.fp8 import QArray
-from jaxfp8.model.layers import DecoderLayer, LayerFormat
+from jaxfp8.model.layers import DecoderLayer
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import BLOCK, LayerFormat, Precision, Recipe
 
-NUMPY_DTYPES = {
-  "fp8": np.dtype(ml_dtypes.float8_e4m3fn),
-  "bf16": np.dtype(ml_dtypes.bfloat16),
-  "f32": np.dtype(np.float32),
-}
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight[V,D]", "lm_head.weight[V,D]", "model.norm.weight[D]"
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 # A model's merged array: the matrices of a checkpoint that it holds, each with the letters of its axes.
@@ -80,7 +75,7 @@ def checkpoint_arrays(
     if module in exceptions:
       dtype, granularity = "fp8", exceptions[module]
     shape = tuple(sizes[letter] for letter in letters.split(","))
-    arrays = {key: (shape, NUMPY_DTYPES[dtype])}
+    arrays = {key: (shape, Precision(dtype).dtype)}
     if dtype == "fp8":
       blocks = tuple(-(-size // BLOCK) for size in shape)
       arrays[scale_of_key(key, granularity)] = (blocks if granularity == "block128" else shape[:1], f32)

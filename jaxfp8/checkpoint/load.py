@@ -66,7 +66,7 @@ def load_checkpoint(
   model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
   reader = CheckpointReader(pathlib.Path(folder), manifest)
   static_scales.require(static_scales.wanted(model), reader.expected, folder)
-  read = widened(reader.read, manifest.exceptions, reader.expected, layout.NUMPY_DTYPES[recipe.stream])
+  read = widened(reader.read, manifest.exceptions, reader.expected, recipe.stream.dtype)
   return static_scales.fill(fill(model, read, mesh), reader.read_array, mesh)
 
 

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.model.layers import LayerFormat
+from jaxfp8.recipe import LayerFormat, Recipe
 
 FORMAT_VERSION = 2
 WRITING = ".writing-"  # in the name of a folder that is not finished

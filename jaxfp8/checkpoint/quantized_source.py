@@ -19,10 +19,9 @@ import numpy as np
 from jaxfp8.checkpoint import layout
 from jaxfp8.checkpoint.dequantize_on_read import dequantize
 from jaxfp8.checkpoint.readers import Source
-from jaxfp8.config import BLOCK, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model import fp8
-from jaxfp8.model.layers import LayerFormat
+from jaxfp8.recipe import BLOCK, LayerFormat, Precision, Recipe
 
 _CHUNK = 16 << 20  # weights quantized together: the float32 copies stay small whatever the matrix
 
@@ -128,7 +127,7 @@ class SourceArrays:
     dtype = np.dtype(np.float32)
     if not all(is_scale):
       dtype = self.expected[keys[is_scale.index(False)]][1]
-    float8 = any(is_scale) or dtype == layout.NUMPY_DTYPES["fp8"]
+    float8 = any(is_scale) or dtype == Precision.FP8.dtype
     if float8 and module in self._quantized:  # as it came
       return {
         key: self.source.read_scale(name) if scale else self.source.read(name)
@@ -187,7 +186,7 @@ def _quantize(w: np.ndarray, granularity: str) -> tuple[np.ndarray, np.ndarray]:
       q = _quantizer(granularity)(w)
       return np.asarray(q.qvalue), np.asarray(q.scale)
     chunks = [w[start : start + rows] for start in range(0, w.shape[0], rows)]
-    value, scales = np.empty(w.shape, layout.NUMPY_DTYPES["fp8"]), []
+    value, scales = np.empty(w.shape, Precision.FP8.dtype), []
     if granularity == "tensor":
       amax = max(float(_largest(chunk)) for chunk in chunks)
       scale = fp8.scale_of(jnp.float32(amax))

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxfp8.checkpoint import layout
 from jaxfp8.errors import InputError
-from jaxfp8.model.layers import DecoderLayer, LayerFormat
+from jaxfp8.model.layers import DecoderLayer
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import LayerFormat
 
 LINEARS = ("qkv", "o", "gate_up", "down")
 KV = ("k_scale", "v_scale")

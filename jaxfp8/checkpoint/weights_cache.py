@@ -25,8 +25,8 @@ from jaxfp8.checkpoint.convert import Progress
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, check_files, is_checkpoint, read_manifest
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Recipe
 
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time

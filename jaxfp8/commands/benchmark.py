@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfp8.commands import command as cli
-from jaxfp8.config import WEIGHT_DTYPES
 from jaxfp8.errors import InputError
 from jaxfp8.planning.devices import measure_cpu
 from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
+from jaxfp8.recipe import WEIGHT_PRECISIONS
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
 
 FLAGS = flags.FlagValues()
@@ -98,8 +98,8 @@ def _check(argv: list[str]) -> None:
       if not value.isdigit() or int(value) < 1:
         raise InputError(f"benchmark: --{name} must be positive whole numbers; got {value!r}. Pass for example --{name}=1,8.")
   for value in FLAGS.weights:
-    if value not in WEIGHT_DTYPES:
-      raise InputError(f"benchmark: --weights must be of {', '.join(WEIGHT_DTYPES)}; got {value!r}.")
+    if value not in WEIGHT_PRECISIONS:
+      raise InputError(f"benchmark: --weights must be of {', '.join(WEIGHT_PRECISIONS)}; got {value!r}.")
   if FLAGS.new_tokens < 2 or FLAGS.repeats < 1:
     raise InputError(f"benchmark: needs 2 new tokens and 1 repeat at least; got {FLAGS.new_tokens} and {FLAGS.repeats}.")
 

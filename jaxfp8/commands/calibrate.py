@@ -20,8 +20,8 @@ from rich.table import Table
 
 from jaxfp8.commands import command as cli
 from jaxfp8.commands import evaluate
-from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, Recipe
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import ACTIVATION_PRECISIONS, FLOAT8_MAX, Granularity, Recipe
 
 FLAGS = flags.FlagValues()
 PIPE_WIDTH = 128
@@ -38,9 +38,11 @@ _define(flags.DEFINE_integer, "tokens", 8192, "Tokens to run, in chunks spread e
 _define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk.")
 _define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen a static scale represents.")
 _define(flags.DEFINE_enum, "rounding", "nearest", evaluate.ROUNDINGS, "How weights are rounded that are not float8 yet.")
-_define(flags.DEFINE_enum, "granularity", None, GRANULARITIES, "What one weight scale covers (the source's own, or channel).")
-_define(flags.DEFINE_enum, "activations", "fp8_static", ACTIVATION_DTYPES, "What the checkpoint is made to run in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8_static", ACTIVATION_DTYPES, "What its KV pages are to hold.")
+_define(
+  flags.DEFINE_enum, "granularity", None, list(Granularity), "What one weight scale covers (the source's own, or channel)."
+)
+_define(flags.DEFINE_enum, "activations", "fp8_static", ACTIVATION_PRECISIONS, "What the checkpoint is made to run in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8_static", ACTIVATION_PRECISIONS, "What its KV pages are to hold.")
 _define(flags.DEFINE_multi_string, "keep_bf16", [], "Matrices whose name this expression matches stay bf16; repeatable.")
 _define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
 
@@ -116,7 +118,7 @@ def _print_table(lines: list[dict]) -> None:
   for place, header in enumerate(("layer", "of", "amax", "percentile", "mse")):
     table.add_column(header, justify="left" if place == 1 else "right", no_wrap=True)
   for line in lines:
-    sizes = [max(line["amax"]), *(448 * max(line[name]) for name in ("percentile", "mse"))]
+    sizes = [max(line["amax"]), *(FLOAT8_MAX * max(line[name]) for name in ("percentile", "mse"))]
     table.add_row(str(line["layer"]), line["of"], *(f"{size:.4g}" for size in sizes))
   (Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)).print(table)
 

@@ -5,10 +5,10 @@ import pathlib
 
 from absl import flags
 
-from jaxfp8.config import GRANULARITIES, WEIGHT_DTYPES
 from jaxfp8.errors import InputError
 from jaxfp8.planning.compile_request import Question, budgets
 from jaxfp8.planning.devices import load_device
+from jaxfp8.recipe import WEIGHT_PRECISIONS, Granularity
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAG_NAMES = ("tensor", "data", "batch", "context", "weights", "granularity", "activations", "kv_cache", "prefill", "save")
@@ -23,10 +23,10 @@ def define_flags(flag_values: flags.FlagValues) -> None:
   define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
   define(flags.DEFINE_integer, "batch", 8, "Sequences that decode together, over all copies.")
   define(flags.DEFINE_integer, "context", 4096, "Tokens that every sequence holds.")
-  define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
-  define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one scale of fp8 weights covers.")
-  define(flags.DEFINE_enum, "activations", "auto", ("auto", *WEIGHT_DTYPES), "What the linear layers multiply in.")
-  define(flags.DEFINE_enum, "kv_cache", "fp8", WEIGHT_DTYPES, "What the KV cache is stored in.")
+  define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_PRECISIONS, "What the linear layers are stored in.")
+  define(flags.DEFINE_enum, "granularity", "channel", list(Granularity), "What one scale of fp8 weights covers.")
+  define(flags.DEFINE_enum, "activations", "auto", ("auto", *WEIGHT_PRECISIONS), "What the linear layers multiply in.")
+  define(flags.DEFINE_enum, "kv_cache", "fp8", WEIGHT_PRECISIONS, "What the KV cache is stored in.")
   define(flags.DEFINE_integer, "prefill", None, "Also the step that takes a prompt of so many tokens.")
   define(flags.DEFINE_string, "save", "", "Folder for the HLO, the table, the JSON and a jax.export of each step.")
 

@@ -14,9 +14,9 @@ def _main(wishes: dict) -> dict:
   os.environ["JAX_PLATFORMS"] = "cpu"
   from jaxfp8.checkpoint.weights_cache import cached_checkpoint
   from jaxfp8.commands import command as cli
-  from jaxfp8.config import Recipe
   from jaxfp8.errors import InputError
   from jaxfp8.mesh import MeshShape
+  from jaxfp8.recipe import Recipe
   from jaxfp8.text.tokenizer import Tokenizer
 
   def check(source) -> None:

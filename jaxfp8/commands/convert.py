@@ -28,8 +28,8 @@ from absl import flags
 
 from jaxfp8.commands import calibrate, evaluate
 from jaxfp8.commands import command as cli
-from jaxfp8.config import GRANULARITIES
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Granularity
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAGS = flags.FlagValues()
@@ -45,7 +45,7 @@ _define(flags.DEFINE_string, "input", None, "Hugging Face folder, GGUF file or c
 _define(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
 _define(flags.DEFINE_enum, "weights", "fp8", ("fp8", "bf16"), "What the linear layers' weights become.")
 _define(
-  flags.DEFINE_enum, "granularity", None, GRANULARITIES, "What one fp8 weight scale covers (the source's own, or channel)."
+  flags.DEFINE_enum, "granularity", None, list(Granularity), "What one fp8 weight scale covers (the source's own, or channel)."
 )
 _define(
   flags.DEFINE_enum,

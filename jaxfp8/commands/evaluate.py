@@ -21,10 +21,10 @@ from absl import flags
 
 from jaxfp8.commands import command as cli
 from jaxfp8.commands.evaluate_tables import layers_title, markdown, print_tables
-from jaxfp8.config import GRANULARITIES, STATIC, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.plots import check_plot_path
 from jaxfp8.quantization.plots import plot_layers
+from jaxfp8.recipe import Granularity, Recipe
 
 FLAGS = flags.FlagValues()
 DEFAULT_RECIPES = (
@@ -70,7 +70,7 @@ _define(
 )
 _define(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens that static scales and roundings are chosen on.")
 _define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen static scales represent.")
-_define(flags.DEFINE_enum, "layer_granularity", "channel", GRANULARITIES, "Scales of --layers and --matrices.")
+_define(flags.DEFINE_enum, "layer_granularity", "channel", list(Granularity), "Scales of --layers and --matrices.")
 _define(flags.DEFINE_integer, "layer_tokens", 1024, "Positions to predict for --layers, in chunks of at most 128.")
 _define(flags.DEFINE_string, "plot", None, "Draw the layers' cost into this png, svg or pdf; implies --layers.")
 _define(flags.DEFINE_bool, "gate", False, "Exit with code 1 if a recipe is above a limit.")
@@ -235,7 +235,7 @@ class _Models:
     from jaxfp8.quantization import calibration
 
     keep = self.keep if recipe.weights == "fp8" else []
-    if rounding == "nearest" and STATIC not in recipe.activations + recipe.kv:
+    if rounding == "nearest" and not (recipe.activations.is_static or recipe.kv.is_static):
       return convert.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
     wanted = recipe.weights, recipe.granularity, rounding
     if self._last is None or self._last[0] != wanted:

@@ -17,9 +17,9 @@ import time
 from absl import flags
 
 from jaxfp8.commands import command as cli
-from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, Recipe
 from jaxfp8.distributed.environment import Place
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity, Recipe
 
 FLAGS = flags.FlagValues()
 
@@ -46,9 +46,9 @@ _define(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the l
 _define(flags.DEFINE_integer, "seed", 0, "Seed of the sampling: the same seed gives the same text.")
 _define(flags.DEFINE_multi_string, "stop", [], "End an answer before this string. Repeatable.")
 _define(
-  flags.DEFINE_enum, "weights", None, WEIGHT_DTYPES, "Linear layers' weights (fp8, or what a checkpoint of jaxfp8 holds)."
+  flags.DEFINE_enum, "weights", None, WEIGHT_PRECISIONS, "Linear layers' weights (fp8, or what a checkpoint of jaxfp8 holds)."
 )
-_define(flags.DEFINE_enum, "granularity", None, GRANULARITIES, "What one fp8 weight scale covers (channel).")
+_define(flags.DEFINE_enum, "granularity", None, list(Granularity), "What one fp8 weight scale covers (channel).")
 _define(
   flags.DEFINE_enum,
   "activations",
@@ -56,7 +56,7 @@ _define(
   ("auto", "fp8", "fp8_static", "bf16"),
   "What linear layers multiply with; auto: fp8 on FP8 units, with static scales where the checkpoint was made for them.",
 )
-_define(flags.DEFINE_enum, "kv_cache", None, ACTIVATION_DTYPES, "KV cache (bf16, or f32 with f32 weights).")
+_define(flags.DEFINE_enum, "kv_cache", None, ACTIVATION_PRECISIONS, "KV cache (bf16, or f32 with f32 weights).")
 _define(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
 _define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
 _define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0 of many; auto: what SLURM or Kubernetes say.")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jaxfp8.checkpoint.readers import read_config
 from jaxfp8.commands import command as cli
-from jaxfp8.config import ACTIVATION_DTYPES, GRANULARITIES, WEIGHT_DTYPES, LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import round_up
 from jaxfp8.planning.advice import Speculation
@@ -27,6 +27,7 @@ from jaxfp8.planning.plots import plot_plan
 from jaxfp8.planning.report import print_plan, print_sweep, shortfall_sentence
 from jaxfp8.planning.roofline import PREFILL_CHUNK
 from jaxfp8.plots import check_plot_path
+from jaxfp8.recipe import ACTIVATION_PRECISIONS, DEFAULT_PAGE_SIZE, WEIGHT_PRECISIONS, Granularity, Recipe
 
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
@@ -46,11 +47,11 @@ _define(flags.DEFINE_integer, "data", None, "Copies of the model.")
 _define(flags.DEFINE_list, "batch", ["1", "8", "32"], "Batch sizes, over all devices.")
 _define(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds (8192, or what the model has).")
 _define(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
-_define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_DTYPES, "What the linear layers are stored in.")
-_define(flags.DEFINE_enum, "granularity", "channel", GRANULARITIES, "What one FP8 weight scale covers.")
-_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_DTYPES), "What the linear layers multiply in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_DTYPES, "What the KV cache is stored in.")
-_define(flags.DEFINE_integer, "page_tokens", 64, "Tokens in a page of the KV cache: 32, 64 or 128.")
+_define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_PRECISIONS, "What the linear layers are stored in.")
+_define(flags.DEFINE_enum, "granularity", "channel", list(Granularity), "What one FP8 weight scale covers.")
+_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_PRECISIONS), "What the linear layers multiply in.")
+_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_PRECISIONS, "What the KV cache is stored in.")
+_define(flags.DEFINE_integer, "page_tokens", DEFAULT_PAGE_SIZE, "Tokens in a page of the KV cache: 32, 64 or 128.")
 _define(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
 _define(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")
 _define(flags.DEFINE_float, "acceptance", 0.7, "Speculation: probability that a drafted token is accepted.")

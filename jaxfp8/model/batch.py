@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from pallas_kernels.debug import checked_pages
 from pallas_kernels.paged_attention.reference import query_places
 
@@ -66,7 +67,7 @@ class PrefillBatch(_Places):
   _way_out = "PrefillBatch.from_prompts makes one from lists of token ids."
 
   @classmethod
-  def from_prompts(cls, prompts: Sequence[Sequence[int]], page_size: int = 64) -> "PrefillBatch":
+  def from_prompts(cls, prompts: Sequence[Sequence[int]], page_size: int = DEFAULT_PAGE_SIZE) -> "PrefillBatch":
     """Whole prompts, each with pages of its own, numbered from 0: enough for a forward pass over a fresh cache."""
     if not prompts or not all(len(prompt) for prompt in prompts):
       raise InputError("PrefillBatch.from_prompts: needs at least one prompt, and every prompt at least one token.")

@@ -14,13 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxfp8.config import BLOCK, STATIC
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import BLOCK
 from pallas_kernels.float8 import FLOAT8, MAX, quantize_tokens, scale_of, to_float8
 
-__all__ = ["DTYPES", "FLOAT8", "MAX", "QArray", "dequantize", "quantize", "quantize_tokens", "scale_of", "to_float8"]
-
-DTYPES = {"fp8": FLOAT8, "fp8" + STATIC: FLOAT8, "bf16": jnp.bfloat16, "f32": jnp.float32}
+__all__ = ["FLOAT8", "MAX", "QArray", "dequantize", "quantize", "quantize_tokens", "scale_of", "to_float8"]
 
 
 @flax.struct.dataclass

@@ -11,11 +11,8 @@ from jax.sharding import PartitionSpec
 
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.model.fp8 import DTYPES, FLOAT8
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, PAGE_SIZES, Precision
 from jaxfp8.sharding import DATA, KV
-
-PAGE_SIZES = (32, 64, 128)
-DEFAULT_PAGE_SIZE = 64
 
 
 @flax.struct.dataclass
@@ -36,15 +33,16 @@ class KVCache:
     """Shapes and dtypes only. `dtype` is one of a Recipe's `kv`. Raises InputError for another page size or dtype."""
     if page_size not in PAGE_SIZES:
       raise InputError(f"cache: page_size must be one of {PAGE_SIZES}; got {page_size}.")
-    if dtype not in DTYPES:
-      raise InputError(f"cache: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    if dtype not in tuple(Precision):
+      raise InputError(f"cache: dtype must be one of {', '.join(Precision)}; got {dtype!r}.")
     if num_pages < 1:
       raise InputError(f"cache: num_pages must be at least 1; got {num_pages}.")
     L, P, K, C, H = config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim
-    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if DTYPES[dtype] == FLOAT8 else None
+    precision = Precision(dtype)
+    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if precision.dynamic is Precision.FP8 else None
     return cls(
-      k_pages=jax.ShapeDtypeStruct((L, P, K, C, H), DTYPES[dtype]),
-      v_pages=jax.ShapeDtypeStruct((L, P, K, H, C), DTYPES[dtype]),
+      k_pages=jax.ShapeDtypeStruct((L, P, K, C, H), precision.dtype),
+      v_pages=jax.ShapeDtypeStruct((L, P, K, H, C), precision.dtype),
       k_scale=scale,
       v_scale=scale,
     )

@@ -10,32 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from jaxfp8.config import BLOCK, STATIC, LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape, Padded
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
-from jaxfp8.model.fp8 import DTYPES, QArray, quantize_tokens
+from jaxfp8.model.fp8 import QArray, quantize_tokens
 from jaxfp8.model.kv_cache import KVCache
+from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, Precision, Recipe
 from jaxfp8.sharding import TENSOR, Axes, concatenate_over, scatter_over, sum_over
 from pallas_kernels import Quantized, Sums
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerFormat:
-  """How one layer's four merged matrices are stored: each "fp8" (with the recipe's granularity), "bf16" or "f32"."""
-
-  qkv: str
-  o: str
-  gate_up: str
-  down: str
-
-  @classmethod
-  def uniform(cls, weights: str) -> "LayerFormat":
-    return cls(weights, weights, weights, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +33,12 @@ class Runtime:
   axes: Axes = None
   implementation: str = "auto"
   target: pallas_kernels.Target | None = None
-  activations: str = "bf16"
-  stream: str = "bf16"
+  activations: Precision = Precision.BF16
+  stream: Precision = Precision.BF16
 
   @property
-  def stream_dtype(self):
-    return DTYPES[self.stream]
+  def stream_dtype(self) -> np.dtype:
+    return self.stream.dtype
 
   @property
   def kernels(self) -> dict[str, Any]:
@@ -74,7 +62,7 @@ class Linear(nnx.Module):
   @property
   def quantizes(self) -> bool:
     """Whether it multiplies with float8 activations."""
-    return self.runtime.activations == "fp8" and isinstance(self.weight.get_value(), QArray)
+    return self.runtime.activations == Precision.FP8 and isinstance(self.weight.get_value(), QArray)
 
   def sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> Sums:
     """The product as it leaves its kernel, with F... flattened, for an operation that finishes it."""
@@ -235,12 +223,12 @@ class LayerBuilder:
   def down_shape(self):
     return (self.num_layers, self.config.d_model, self.padded.d_ff)
 
-  def linear(self, dtype: str, shape: tuple[int, ...], partition: PartitionSpec, run: int | None = None) -> Linear:
+  def linear(self, precision: Precision, shape: tuple[int, ...], partition: PartitionSpec, run: int | None = None) -> Linear:
     """`run`: how many input columns stay together when they are cut; None: all that a device has."""
-    value = jax.ShapeDtypeStruct(shape, DTYPES[dtype])
-    if dtype != "fp8":
+    value = jax.ShapeDtypeStruct(shape, precision.dtype)
+    if precision != Precision.FP8:
       return Linear(value, partition, self.runtime)
-    if self.recipe.granularity == "block128":
+    if self.recipe.granularity is Granularity.BLOCK128:
       # Blocks of 128 rows, repeated to what divides the rows: a head or a model may be narrower than whole blocks.
       unit = math.gcd(BLOCK, shape[-2])
       scale_shape = (*shape[:-2], shape[-2] // unit, self._block_columns(shape, partition, run))
@@ -248,13 +236,12 @@ class LayerBuilder:
     else:
       scale_shape, scale_partition = shape[:-1], PartitionSpec(*partition[: len(shape) - 1])
     scale = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    static = self.recipe.activations == "fp8" + STATIC
-    input_scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if static else None
+    input_scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if self.recipe.activations.is_static else None
     return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime, input_scale)
 
   def kv_scale(self) -> nnx.Param | None:
     """A stored scale for each KV head, where the recipe has them."""
-    if self.recipe.kv != "fp8" + STATIC:
+    if not self.recipe.kv.is_static:
       return None
     return nnx.Param(jax.ShapeDtypeStruct(self.qkv_shape[:2], jnp.float32), partition=PartitionSpec(None, TENSOR))
 

@@ -17,12 +17,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import DecoderLayer, LayerBuilder, LayerFormat, Linear, RMSNorm, Runtime, StepContext
+from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime, StepContext
+from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.sharding import TENSOR, Axes, index_over
 from pallas_kernels import costs
 from pallas_kernels.float8_bytes import loop_views

@@ -6,12 +6,13 @@ Every option is computed like the plan itself, by the roofline of the changed de
 import dataclasses
 from collections.abc import Iterator
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import possible_tensors
 from jaxfp8.planning.deployment import Deployment, decode_times, max_context, max_sequences, memory_budget
 from jaxfp8.planning.devices import CPU, DeviceSpec, device_names, load_device
 from jaxfp8.planning.roofline import bound, decode_step, weight_bytes
+from jaxfp8.recipe import Recipe
 
 MAX_DEVICES = 16  # as far as the advice looks
 MIN_CONTEXT = 512  # a shorter context than this is no advice

@@ -16,11 +16,12 @@ import sys
 import tempfile
 from typing import Any
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.deployment import resolve_activations
 from jaxfp8.planning.devices import CPU, have_compiler, load_device
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
 
 TIMEOUT_S = 600.0
 
@@ -37,7 +38,7 @@ class Question:
   batch: int
   context: int
   prefill: int | None = None
-  page_tokens: int = 64
+  page_tokens: int = DEFAULT_PAGE_SIZE
 
   def __post_init__(self):
     config = self.config

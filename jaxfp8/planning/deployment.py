@@ -7,12 +7,10 @@ counted over the whole deployment and dealt out over the mesh's data axis.
 import dataclasses
 import math
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.devices import DeviceSpec
 from jaxfp8.planning.roofline import (
-  ITEM_BYTES,
-  PAGE_TOKENS,
   PREFILL_CHUNK,
   StepTimes,
   bound,
@@ -21,6 +19,7 @@ from jaxfp8.planning.roofline import (
   prefill_step,
   weight_bytes,
 )
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
 
 RESERVE_FRACTION = 0.03  # of the device's memory: fragmentation, and what an estimate of the temporaries may miss
 LOGIT_ROWS = 64
@@ -39,7 +38,7 @@ class Deployment:
   mesh: MeshShape
   context: int
   prompt: int
-  page_tokens: int = PAGE_TOKENS
+  page_tokens: int = DEFAULT_PAGE_SIZE
   compiled_temporaries: int | None = None
 
   def with_recipe(self, **changes: str) -> "Deployment":
@@ -160,4 +159,4 @@ def _temporaries(deployment: Deployment) -> int:
   heads = (config.num_heads // tensor * 2 + config.num_kv_heads // deployment.mesh.kv * 2) * config.head_dim
   per_token = 4 * config.d_model + heads + 3 * -(-config.d_ff // tensor)
   logits = 4 * -(-config.vocab_size // tensor) * LOGIT_ROWS
-  return PREFILL_CHUNK * per_token * ITEM_BYTES[deployment.recipe.stream] + logits
+  return PREFILL_CHUNK * per_token * deployment.recipe.stream.dtype.itemsize + logits

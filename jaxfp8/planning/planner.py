@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.advice import Option, Speculation, smallest_change, ways_out
@@ -29,8 +29,9 @@ from jaxfp8.planning.deployment import (
 )
 from jaxfp8.planning.devices import CPU, DeviceSpec, load_device
 from jaxfp8.planning.published import Measurement, expected_fractions
-from jaxfp8.planning.roofline import PAGE_TOKENS, StepTimes, kv_bytes_per_token, weight_bytes
+from jaxfp8.planning.roofline import StepTimes, kv_bytes_per_token, weight_bytes
 from jaxfp8.planning.verdict import Verdict, judge
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, PAGE_SIZES, Recipe
 
 MAX_BATCH = 65536
 CONTEXT, PROMPT = 8192, 1024
@@ -105,7 +106,7 @@ def plan_deployment(
   granularity: str = "channel",
   activations: str = "auto",
   kv_cache: str = "fp8",
-  page_tokens: int = PAGE_TOKENS,
+  page_tokens: int = DEFAULT_PAGE_SIZE,
   observed: float | None = None,
   observed_batch: int = 1,
   speculation: Speculation | None = None,
@@ -161,7 +162,7 @@ def _check_numbers(config: LlamaConfig, batches: Sequence[int], context: int, pr
     raise InputError(
       f"plan: prompt must be at most the context of {context:,} tokens; got {prompt:,}. Pass --prompt={context}."
     )
-  if page_tokens not in (32, 64, 128):
+  if page_tokens not in PAGE_SIZES:
     raise InputError(f"plan: page_tokens must be 32, 64 or 128; got {page_tokens}.")
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 
-from jaxfp8.config import LlamaConfig, Recipe, configs_folder, read_toml
+from jaxfp8.config import LlamaConfig, configs_folder, read_toml
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.devices import CPU, load_device
 from jaxfp8.planning.roofline import bound, decode_step, weight_bytes
+from jaxfp8.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jaxfp8.config import BLOCK, LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import ONE_DEVICE, MeshShape, Padded
 from jaxfp8.planning.devices import DeviceSpec
+from jaxfp8.recipe import BLOCK, Precision, Recipe
 from jaxfp8.units import format_bytes, format_seconds, format_share
 
-ITEM_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
 SCALE_BYTES = 4
-PAGE_TOKENS = 64
 PREFILL_CHUNK = 2048  # tokens that one prefill step takes at most
 LAUNCHES_PER_LAYER = 12  # what the compiled decode step is held to
 LAUNCHES_PER_STEP = 8  # embedding, last norm, head, sampling
@@ -63,15 +62,15 @@ class WeightBytes:
 def weight_bytes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> WeightBytes:
   """Bytes of the arrays that one device of the mesh holds, with padding, replication and scales."""
   size = _local_sizes(config, recipe, mesh)
-  item, layers, d_model = ITEM_BYTES[recipe.weights], config.num_layers, config.d_model
-  vocab = size.vocab * d_model * ITEM_BYTES[recipe.stream]
+  item, layers, d_model = recipe.weights.dtype.itemsize, config.num_layers, config.d_model
+  vocab = size.vocab * d_model * recipe.stream.dtype.itemsize
   return WeightBytes(
     qkv=layers * size.qkv_rows * d_model * item,
     o=layers * d_model * size.attention * item,
     gate_up=layers * 2 * size.d_ff * d_model * item,
     down=layers * d_model * size.d_ff * item,
     scales=layers * _scales_per_layer(config, recipe, size) * SCALE_BYTES,
-    norms=(2 * layers + 1) * d_model * ITEM_BYTES["f32"],
+    norms=(2 * layers + 1) * d_model * Precision.F32.dtype.itemsize,
     embedding=0 if config.tied_embeddings else vocab,
     head=vocab,
   )
@@ -80,7 +79,7 @@ def weight_bytes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVI
 def kv_bytes_per_token(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> int:
   """Bytes that one token adds to one device's KV pool, over all layers: K and V, and with fp8 one float32 scale a head each."""
   scales = 2 * SCALE_BYTES if recipe.kv_dtype == "fp8" else 0
-  per_head = 2 * config.head_dim * ITEM_BYTES[recipe.kv_dtype] + scales
+  per_head = 2 * config.head_dim * recipe.kv_dtype.dtype.itemsize + scales
   return config.num_layers * (config.num_kv_heads // mesh.kv) * per_head
 
 
@@ -227,7 +226,7 @@ class _LocalSizes:
 
 def _local_sizes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape) -> _LocalSizes:
   tensor = mesh.tensor
-  blocks = recipe.weights == "fp8" and recipe.granularity == "block128"
+  blocks = recipe.has_block_scales
   attention = config.num_heads // tensor * config.head_dim
   if blocks and tensor > 1 and attention % BLOCK:
     raise InputError(
@@ -273,10 +272,10 @@ def _step(
   query-key pairs; passes: how often the layers' weights are read."""
   size = _local_sizes(config, recipe, mesh)
   weights = weight_bytes(config, recipe, mesh)
-  stream = ITEM_BYTES[recipe.stream]
+  stream = recipe.stream.dtype.itemsize
   row = config.d_model * stream
   parameters = (size.qkv_rows + size.attention + 3 * size.d_ff) * config.d_model * config.num_layers
-  flops = dict.fromkeys(ITEM_BYTES, 0.0)
+  flops = dict.fromkeys(Precision, 0.0)
   flops[recipe.activation_dtype] += 2.0 * parameters * tokens
   flops[recipe.kv_dtype] += 4.0 * size.attention * config.num_layers * attended  # q times k, and p times v
   flops[recipe.stream] += 2.0 * size.vocab * config.d_model * sampled

@@ -31,7 +31,6 @@ from jaxfp8.checkpoint.open import open_any
 from jaxfp8.checkpoint.quantized_source import SourceArrays
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.writer import CheckpointWriter
-from jaxfp8.config import STATIC, Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
@@ -39,6 +38,7 @@ from jaxfp8.model.layers import Linear, StepContext
 from jaxfp8.model.llama import Llama
 from jaxfp8.quantization.observers import SCALES, Magnitudes
 from jaxfp8.quantization.rounding import Inputs, check_rounding, round_weights
+from jaxfp8.recipe import Precision, Recipe
 
 _ROWS = 8  # chunks that run at a time
 Progress = Callable[[int, int], None]  # (layers done, of how many)
@@ -117,8 +117,8 @@ def abstract_calibrated(calibrator: "Calibrator", recipe: Recipe, implementation
 
 def all_static(recipe: Recipe) -> Recipe:
   """The recipe with static scales for whatever in it can have them."""
-  activations = "fp8" + STATIC if recipe.weights == "fp8" else recipe.activations
-  return dataclasses.replace(recipe, activations=activations, kv="fp8" + STATIC)
+  activations = Precision.FP8_STATIC if recipe.weights == "fp8" else recipe.activations
+  return dataclasses.replace(recipe, activations=activations, kv=Precision.FP8_STATIC)
 
 
 class Calibrator:
@@ -178,7 +178,7 @@ class Calibrator:
     return [merged for merged in static_scales.LINEARS if getattr(self.formats[layer], merged) == "fp8"]
 
   def _embed(self) -> list[tuple[jax.Array, jax.Array]]:
-    dtype, whole = layout.NUMPY_DTYPES[self.recipe.stream], filling.Range(layout.EMBEDDING, 0, 0, self.config.vocab_size)
+    dtype, whole = self.recipe.stream.dtype, filling.Range(layout.EMBEDDING, 0, 0, self.config.vocab_size)
     read = widened(filling.whole_arrays(self.arrays.read), self.arrays.exceptions, self.arrays.expected, dtype)
     table = read([whole])[whole]
     groups = [self.chunks[start : start + _ROWS] for start in range(0, len(self.chunks), _ROWS)]
@@ -224,7 +224,7 @@ class Calibrator:
     exceptions = {key.replace(mine, first, 1): kind for key, kind in of.exceptions.items() if key.startswith(mine)}
     expected = {key: (array.shape, array.dtype) for key, array in renamed.items()}
     read = filling.whole_arrays(lambda keys: {key: renamed[key] for key in keys})
-    read = widened(read, exceptions, expected, layout.NUMPY_DTYPES[of.recipe.stream])
+    read = widened(read, exceptions, expected, of.recipe.stream.dtype)
     segment, after, collected = filling.fill(model, read, None).segments[0], [], None
     for x, y in hidden:
       batch = PrefillBatch.from_prompts([[0] * self.chunks.shape[1]] * (len(x) // self.chunks.shape[1]))

@@ -7,9 +7,10 @@ where the numbers come from.
 import ml_dtypes
 import numpy as np
 
+from jaxfp8.recipe import FLOAT8_MAX
+
 SCALES = ("max", "percentile", "mse")
 PERCENTILE = 99.999
-_MAX = 448.0
 _BIN_BITS = 17  # of a float32, dropped: sign, exponent and six bits of mantissa stay
 _NUM_BINS = 1 << (31 - _BIN_BITS)
 
@@ -35,7 +36,7 @@ class Magnitudes:
       "percentile": np.minimum(self.amax, [_percentile(bins) for bins in self.bins]),
       "mse": np.array([_least_squares(*pair) for pair in zip(self.bins, self.amax, strict=True)]),
     }
-    return {name: np.where(amax > 2.0**-100, amax / _MAX, 1).astype(np.float32) for name, amax in found.items()}
+    return {name: np.where(amax > 2.0**-100, amax / FLOAT8_MAX, 1).astype(np.float32) for name, amax in found.items()}
 
 
 def _centres() -> np.ndarray:
@@ -56,8 +57,8 @@ def _least_squares(bins: np.ndarray, amax: float) -> float:
   size, weight = np.minimum(_centres()[there], amax), bins[there]
 
   def error(candidate: float) -> float:
-    scale = candidate / _MAX
-    rounded = np.minimum(size / scale, _MAX).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+    scale = candidate / FLOAT8_MAX
+    rounded = np.minimum(size / scale, FLOAT8_MAX).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
     return float(np.sum(weight * np.square(size - rounded)))
 
   return min((float(amax) * 2 ** (-step / 8) for step in range(49)), key=error) if amax > 0 else 0.0

@@ -20,9 +20,9 @@ import numpy as np
 from jaxfp8.checkpoint import convert, layout
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import quality
+from jaxfp8.recipe import Recipe
 
 PLAIN = Recipe("f32", "channel", "f32", "f32")
 Progress = Callable[[int, int], None]

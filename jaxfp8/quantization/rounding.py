@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxfp8.config import BLOCK
 from jaxfp8.errors import InputError
 from jaxfp8.model.fp8 import MAX, QArray, quantize, to_float8
+from jaxfp8.recipe import BLOCK
 
 _FLOAT8 = ml_dtypes.float8_e4m3fn
 ROUNDINGS = ("nearest", "mse", "gptq")

@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 from jaxfp8.checkpoint.load import make_mesh, mesh_shape
 from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
-from jaxfp8.model import kv_cache as cache
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingBatch, SamplingParams
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import memory
 from jaxfp8.serving.request_output import Completion, Delta, Output
 from jaxfp8.serving.scheduler import Chunk, Scheduler, Sequence, StepPlan
@@ -203,7 +203,7 @@ class Engine:
 
 def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> Limits:
   """Room for max_sequences of the model's full context, or for what fits into half of the free memory."""
-  max_pages = -(-model.config.max_context // cache.DEFAULT_PAGE_SIZE)
+  max_pages = -(-model.config.max_context // DEFAULT_PAGE_SIZE)
   affordable = memory.room_for_pages(model, mesh, 0.5)
   return Limits(
     num_pages=max(1, min(max_sequences * max_pages, affordable)),

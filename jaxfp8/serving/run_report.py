@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxfp8.config import Recipe
 from jaxfp8.mesh import ONE_DEVICE, MeshShape
 from jaxfp8.planning.devices import DeviceSpec, device_names, load_device, measure_cpu
 from jaxfp8.planning.roofline import StepCost, decode_step, explain, weight_bytes
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine
 from jaxfp8.serving.request_output import Completion
 from jaxfp8.units import format_bytes, format_rate, format_seconds

@@ -18,12 +18,11 @@ from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint, fingerprint
-from jaxfp8.config import Recipe
 from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
-from jaxfp8.model import kv_cache as cache
 from jaxfp8.model.llama import Llama
 from jaxfp8.progress import Progress
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
 from jaxfp8.serving import memory
 from jaxfp8.serving.engine import sizes_up_to
 from jaxfp8.serving.steps import Limits
@@ -169,7 +168,7 @@ def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num
   context = model.config.max_context
   totals = sorted((min(prompt + new, context) for prompt, new in lengths), reverse=True)
   in_flight = min(MAX_SEQUENCES, -(-len(totals) // shards))
-  pages = [-(-total // cache.DEFAULT_PAGE_SIZE) for total in totals]
+  pages = [-(-total // DEFAULT_PAGE_SIZE) for total in totals]
   longest = max(prompt for prompt, _ in lengths)
   chunk = Limits.prefill_sizes[-1]
   if len(lengths) == 1:
@@ -180,7 +179,7 @@ def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num
   return Limits(
     num_pages=_affordable(model, mesh, sum(pages[: in_flight * shards : shards]), pages[0]),
     max_sequences=in_flight,
-    max_pages=min(_rounded(pages[0]), -(-context // cache.DEFAULT_PAGE_SIZE)),
+    max_pages=min(_rounded(pages[0]), -(-context // DEFAULT_PAGE_SIZE)),
     prefill_sizes=prefill_sizes,
     decode_sizes=sizes_up_to(in_flight, Limits.decode_sizes),
     num_logprobs=num_logprobs,

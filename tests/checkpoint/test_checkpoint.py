@@ -23,10 +23,9 @@ from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.checkpoint.manifest import Manifest, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.writer import CheckpointWriter
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
-from jaxfp8.model.layers import LayerFormat
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import LayerFormat, Recipe
 from tests.helpers import tiny_llamas, tiny_models
 
 RECIPES = {

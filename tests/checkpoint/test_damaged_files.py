@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import Limits
 from jaxfp8.text.chat_template import ChatTemplate

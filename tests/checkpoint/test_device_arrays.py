@@ -9,7 +9,7 @@ from jaxfp8.checkpoint import convert, layout
 from jaxfp8.checkpoint import device_arrays as filling
 from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.checkpoint.load import make_mesh
-from jaxfp8.model.layers import LayerFormat
+from jaxfp8.recipe import LayerFormat
 from tests.checkpoint import test_layout
 from tests.helpers import tiny_llamas
 from tools import measure_loading

@@ -13,8 +13,8 @@ from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.manifest import read_manifest
 from jaxfp8.checkpoint.open import CheckpointSource
 from jaxfp8.checkpoint.quantized_source import source_granularity
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Recipe
 from tests.helpers import dialect_files, numpy_llama, tiny_llamas, tiny_models
 from tests.helpers.dialect_files import compressed_tensors
 

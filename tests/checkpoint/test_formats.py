@@ -10,11 +10,10 @@ import pytest
 from jaxfp8.checkpoint import layout
 from jaxfp8.checkpoint.convert import SourceArrays
 from jaxfp8.checkpoint.device_arrays import fill, whole_arrays
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import LayerFormat
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import LayerFormat, Recipe
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 
 LIMIT = 2e-4

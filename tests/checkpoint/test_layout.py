@@ -9,7 +9,7 @@ import pytest
 
 from jaxfp8.checkpoint import convert, layout
 from jaxfp8.checkpoint import load as checkpoint
-from jaxfp8.config import Recipe
+from jaxfp8.recipe import Recipe
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 
 RECIPES = {
@@ -63,7 +63,7 @@ class TestLayout:
       keys = (key, key.replace("weight[KH,D]", scale)) if recipe.weights == "fp8" else (key,)
       got, w = arrays.read(keys), weights["model.layers.1.self_attn.k_proj.weight"]
       if recipe.weights != "fp8":
-        np.testing.assert_array_equal(got[key], w.astype(layout.NUMPY_DTYPES[recipe.weights]))
+        np.testing.assert_array_equal(got[key], w.astype(recipe.weights.dtype))
         continue
       scale = got[keys[1]]
       rows = scale[:, None] if scale.ndim == 1 else np.repeat(np.repeat(scale, 128, 0), 128, 1)[: w.shape[0], : w.shape[1]]

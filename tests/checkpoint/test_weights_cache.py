@@ -12,8 +12,8 @@ from jaxfp8.checkpoint import convert, readers, weights_cache
 from jaxfp8.checkpoint import quantized_source as source_arrays
 from jaxfp8.checkpoint.manifest import WRITING
 from jaxfp8.commands import command as cli
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Recipe
 from tests.helpers import commands, tiny_models
 from tests.helpers.commands import CHAIN
 
@@ -45,7 +45,6 @@ import time
 from absl import flags
 from jaxfp8.checkpoint import convert
 from jaxfp8.commands import command as cli
-from jaxfp8.config import Recipe
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint
 
 read, convert._WRITE_BYTES = convert.SourceArrays.read, 0

@@ -20,11 +20,11 @@ from jaxfp8.checkpoint import weights_cache
 from jaxfp8.checkpoint.load import save
 from jaxfp8.commands import command as cli
 from jaxfp8.commands import generate as generate_command
-from jaxfp8.config import Recipe
 from jaxfp8.distributed import environment as cluster
 from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import Limits
 from tests.helpers import commands, tiny_llamas, tiny_models

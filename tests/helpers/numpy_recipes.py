@@ -11,7 +11,8 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
+from jaxfp8.recipe import Recipe
 from tests.helpers import numpy_llama
 
 F32 = Recipe("f32", "channel", "f32", "f32")

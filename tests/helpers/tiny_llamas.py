@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxfp8.checkpoint.convert import load_source
 from jaxfp8.checkpoint.readers import Source, expected_tensors
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import Recipe
 from tests.helpers import tiny_models
 
 F32 = Recipe(weights="f32", activations="f32", kv="f32")

@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 import jaxfp8
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.model import fp8
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import Recipe
 from tests.helpers import tiny_llamas, tiny_models
 
 CONFIG = tiny_models.make_config("gqa_9_3_untied")

@@ -13,13 +13,14 @@ from flax import nnx
 from jaxfp8.checkpoint import readers
 from jaxfp8.checkpoint.convert import load_source
 from jaxfp8.checkpoint.load import abstract_model
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import Limits, decode, prefill
 from tests.helpers import tiny_llamas, tiny_models

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint.load import make_mesh
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.steps import CompiledSteps, Limits
 from pallas_kernels import Target, conformance, interpret
 from pallas_kernels.conformance import CHECKS, Check, KernelError, Outcome

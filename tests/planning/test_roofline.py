@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxfp8.checkpoint import convert, readers
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import ONE_DEVICE, MeshShape, possible_tensors
 from jaxfp8.model import kv_cache as cache
@@ -17,6 +17,7 @@ from jaxfp8.model import llama as model
 from jaxfp8.planning.devices import DeviceSpec, load_device
 from jaxfp8.planning.published import expected_fractions, published_measurements
 from jaxfp8.planning.roofline import StepTimes, bound, decode_step, explain, kv_bytes_per_token, prefill_step, weight_bytes
+from jaxfp8.recipe import Recipe
 
 FP8 = Recipe(weights="fp8", activations="fp8", kv="fp8")
 BF16 = Recipe(weights="bf16", activations="bf16", kv="bf16")

@@ -12,11 +12,11 @@ from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.checkpoint.manifest import read_manifest
 from jaxfp8.commands import calibrate as tool
 from jaxfp8.commands import command as cli
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model import fp8
 from jaxfp8.quantization import calibration, quality, quality_gate, rounding
 from jaxfp8.quantization import observers as magnitudes
+from jaxfp8.recipe import Recipe
 from tests.helpers import numpy_llama, tiny_models
 from tests.helpers.numpy_recipes import divergence
 

@@ -10,10 +10,9 @@ import pytest
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.commands import command as cli
 from jaxfp8.commands import evaluate
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
-from jaxfp8.model.layers import LayerFormat
 from jaxfp8.quantization import quality
+from jaxfp8.recipe import LayerFormat, Recipe
 from tests.helpers import numpy_llama, numpy_recipes, tiny_llamas, tiny_models
 from tests.helpers.numpy_recipes import divergence, log_softmax
 

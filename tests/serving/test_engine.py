@@ -10,9 +10,9 @@ import pytest
 
 from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.config import Recipe
 from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request, default_limits, sizes_up_to
 from jaxfp8.serving.scheduler import Scheduler
 from jaxfp8.serving.steps import Limits

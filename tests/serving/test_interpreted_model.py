@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
+from jaxfp8.recipe import Recipe
 from pallas_kernels import interpret
 from tests.helpers import tiny_llamas, tiny_models
 

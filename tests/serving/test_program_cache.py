@@ -15,7 +15,8 @@ import jax
 if sys.argv[2] == "jax":
   jax.config.update("jax_enable_compilation_cache", True)
 from jaxfp8.serving import steps
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingParams

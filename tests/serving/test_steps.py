@@ -10,11 +10,12 @@ import pytest
 
 import pallas_kernels
 from jaxfp8.checkpoint.load import make_mesh
-from jaxfp8.config import LlamaConfig, Recipe
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.sampling import SamplingParams
+from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import CompiledSteps, Limits, prefill
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models

@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxfp8.checkpoint.readers.safetensors_file import Header
 from jaxfp8.checkpoint.readers.source import FLOAT8, some_of
-from jaxfp8.config import BLOCK
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import BLOCK
 
 _METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
 _MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.config import BLOCK, LlamaConfig
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import BLOCK
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))

@@ -272,9 +272,10 @@ def models_record(bench: Bench, name: str) -> dict[str, Any]:
 
 @functools.cache
 def _model(name: str, rehearsal: bool):
-  from jaxfp8.config import LlamaConfig, Recipe
+  from jaxfp8.config import LlamaConfig
   from jaxfp8.model.llama import Llama
   from jaxfp8.model.random_weights import random_weights
+  from jaxfp8.recipe import Recipe
 
   recipe = Recipe(weights="fp8", activations="bf16" if rehearsal else "fp8", kv="fp8")
   return random_weights(Llama(LlamaConfig.from_name(name), recipe), jax.random.key(0))
