@@ -13,7 +13,7 @@ from jaxfp8.checkpoint.device_arrays import fill, whole_arrays
 from jaxfp8.errors import InputError
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
-from jaxfp8.recipe import LayerFormat, Recipe
+from jaxfp8.recipe import LayerFormat, Precision, Recipe
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 
 LIMIT = 2e-4
@@ -164,7 +164,7 @@ def _in_float32(model):
   weights = tiny_models.make_weights(model.config)
   for module in _modules(model):
     if hasattr(module, "runtime"):
-      module.runtime = dataclasses.replace(module.runtime, stream="f32")
+      module.runtime = dataclasses.replace(module.runtime, stream=Precision.F32)
   model.embedding.set_value(jnp.asarray(weights["model.embed_tokens.weight"]))
   if not model.config.tied_embeddings:
     model.head.weight.set_value(jnp.asarray(weights["lm_head.weight"]))
