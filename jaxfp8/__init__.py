@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from jaxfp8.checkpoint.convert import convert_checkpoint as convert_checkpoint
   from jaxfp8.checkpoint.convert import load as load
-  from jaxfp8.checkpoint.load import make_mesh as make_mesh
   from jaxfp8.checkpoint.load import save as save
   from jaxfp8.config import LlamaConfig as LlamaConfig
   from jaxfp8.errors import InputError as InputError
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
   from jaxfp8.serving.request_output import Completion as Completion
   from jaxfp8.serving.steps import decode as decode
   from jaxfp8.serving.steps import prefill as prefill
+  from jaxfp8.sharding import make_mesh as make_mesh
   from jaxfp8.text.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
@@ -59,7 +59,7 @@ _HOME = {
   "decode": "serving.steps",
   "dequantize": "model.fp8",
   "load": "checkpoint.convert",
-  "make_mesh": "checkpoint.load",
+  "make_mesh": "sharding",
   "plan_deployment": "planning.planner",
   "prefill": "serving.steps",
   "quantize": "model.fp8",
@@ -67,16 +67,17 @@ _HOME = {
   "sample": "model.sampling",
   "save": "checkpoint.load",
 }
-__all__ = sorted(_HOME)
+
+if not TYPE_CHECKING:  # a type checker knows the names from the imports above, and reports any other name
+  __all__ = sorted(_HOME)
+
+  def __getattr__(name: str):
+    if name not in _HOME:
+      raise AttributeError(f"module 'jaxfp8' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"jaxfp8.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-def __getattr__(name: str):
-  if name not in _HOME:
-    raise AttributeError(f"module 'jaxfp8' has no attribute {name!r}; it exports {', '.join(__all__)}")
-  value = getattr(importlib.import_module(f"jaxfp8.{_HOME[name]}"), name)
-  globals()[name] = value
-  return value
-
-
-def __dir__():
-  return __all__
+def __dir__() -> list[str]:
+  return sorted(_HOME)
