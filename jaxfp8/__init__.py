@@ -40,6 +40,9 @@ if TYPE_CHECKING:
   from jaxfp8.sharding import make_mesh as make_mesh
   from jaxfp8.text.tokenizer import Tokenizer as Tokenizer
 
+if TYPE_CHECKING:
+  __version__: str
+
 _HOME = {
   "Completion": "serving.request_output",
   "DecodeBatch": "model.batch",
@@ -72,6 +75,10 @@ if not TYPE_CHECKING:  # a type checker knows the names from the imports above, 
   __all__ = sorted(_HOME)
 
   def __getattr__(name: str):
+    if name == "__version__":  # reading the package's metadata takes longer than importing the package
+      value = importlib.import_module("importlib.metadata").version("jaxfp8")
+      globals()[name] = value
+      return value
     if name not in _HOME:
       raise AttributeError(f"module 'jaxfp8' has no attribute {name!r}; it exports {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"jaxfp8.{_HOME[name]}"), name)

@@ -94,8 +94,9 @@ def load(folder: str, tensor: int) -> dict:
   import jax
   from flax import nnx
 
-  from jaxfp8.checkpoint.load import load_checkpoint, make_mesh
+  from jaxfp8.checkpoint.load import load_checkpoint
   from jaxfp8.checkpoint.manifest import read_manifest
+  from jaxfp8.sharding import make_mesh
 
   mesh = make_mesh(read_manifest(folder).config, tensor)
   np.asarray(jax.jit(lambda x: x + 1)(np.ones(4)))  # what a first program takes is no weight

@@ -8,7 +8,6 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,11 +17,9 @@ from jaxfp8.checkpoint.device_arrays import Range, fill
 from jaxfp8.checkpoint.manifest import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.writer import CheckpointWriter
-from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.mesh import MeshShape
 from jaxfp8.model.llama import Llama
-from jaxfp8.sharding import MESH_AXES
+from jaxfp8.sharding import mesh_shape
 
 
 def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
@@ -73,33 +70,6 @@ def load_checkpoint(
 def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
   """A Llama of shapes for `mesh`."""
   return Llama(config, recipe, formats=formats, shape=mesh_shape(mesh), implementation=implementation)
-
-
-def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
-  """The mesh ("data", "kv", "group") for this model over tensor * data devices, equally many of every process.
-
-  Neighbours along group, then kv, are of one process as far as they can be, so that copies of the model talk least over the
-  network. Raises InputError if the heads cannot be cut so, there are too few devices, or a process would have no part.
-  """
-  shape = MeshShape.for_model(config, tensor, data)
-  by_process: dict[int, list[jax.Device]] = {}
-  for device in jax.devices():
-    by_process.setdefault(device.process_index, []).append(device)
-  share, rest = divmod(shape.num_devices, len(by_process))
-  if rest:
-    raise InputError(
-      f"mesh: tensor={tensor} times data={data} must be a multiple of the {len(by_process)} processes. Use other sizes."
-    )
-  fewest = min(map(len, by_process.values()))
-  if share > fewest:
-    where = f"{fewest} are here" if len(by_process) == 1 else f"{len(by_process)} processes have {fewest} each"
-    raise InputError(f"mesh: tensor={tensor} times data={data} needs {shape.num_devices} devices; {where}. Use fewer.")
-  chosen = [device for process in sorted(by_process) for device in by_process[process][:share]]
-  return Mesh(np.array(chosen).reshape(shape.data, shape.kv, shape.group), MESH_AXES)
-
-
-def mesh_shape(mesh: Mesh | None) -> MeshShape:
-  return MeshShape() if mesh is None else MeshShape(*(mesh.shape[axis] for axis in MESH_AXES))
 
 
 class CheckpointReader:

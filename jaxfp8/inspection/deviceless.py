@@ -103,7 +103,7 @@ def topology(spec: DeviceSpec, num_devices: int = 1, num_hosts: int = 1) -> topo
   return topologies.get_topology_desc(platform="cuda", target_config=target_config(spec), topology=layout)
 
 
-def make_mesh(spec: DeviceSpec, shape: Sequence[int] = (1,), names: Sequence[str] = ("x",), num_hosts: int = 1) -> Mesh:
+def absent_mesh(spec: DeviceSpec, shape: Sequence[int] = (1,), names: Sequence[str] = ("x",), num_hosts: int = 1) -> Mesh:
   """A mesh of absent devices, to lower and compile for."""
   size = functools.reduce(lambda product, n: product * n, shape, 1)
   return topologies.make_mesh(topology(spec, size, num_hosts), tuple(shape), tuple(names))
@@ -139,7 +139,7 @@ def compile_for(
 
   Arguments with a sharding keep it, the others are replicated. May abort the process: see the module's text.
   """
-  mesh = mesh or make_mesh(spec)
+  mesh = mesh or absent_mesh(spec)
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def place(x):
@@ -232,7 +232,7 @@ def _compile_cases_here(device: str, folder: str, names: Sequence[str]) -> None:
   from pallas_kernels import cases
 
   spec = load_device(device)
-  target, mesh = kernel_target(spec), make_mesh(spec)
+  target, mesh = kernel_target(spec), absent_mesh(spec)
   for number, name in enumerate(names):
     dumps = pathlib.Path(folder) / str(number)
     dumps.mkdir()

@@ -28,13 +28,14 @@ from jaxfp8.planning import roofline
 from jaxfp8.planning.compile_request import Question
 from jaxfp8.planning.devices import DeviceSpec, load_device
 from jaxfp8.serving.steps import CompiledSteps, Limits
+from jaxfp8.sharding import MESH_AXES
 from pallas_kernels import costs
 
 
 def make_steps(question: Question, spec: DeviceSpec) -> CompiledSteps:
   """The programs of an abstract model on absent devices."""
   shape = question.mesh
-  mesh = deviceless.make_mesh(spec, (shape.data, shape.kv, shape.group), ("data", "kv", "group"))
+  mesh = deviceless.absent_mesh(spec, (shape.data, shape.kv, shape.group), MESH_AXES)
   model = Llama(question.config, question.recipe, shape=dataclasses.replace(shape, data=1))
   sequences, pages = question.batch // shape.data, -(-question.context // question.page_tokens)
   limits = Limits(

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8.checkpoint.load import make_mesh, mesh_shape
 from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
@@ -29,6 +28,7 @@ from jaxfp8.serving import memory
 from jaxfp8.serving.request_output import Completion, Delta, Output
 from jaxfp8.serving.scheduler import Chunk, Scheduler, Sequence, StepPlan
 from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, Limits, State, StepInput
+from jaxfp8.sharding import make_mesh, mesh_shape
 from jaxfp8.text.tokenizer import Tokenizer
 
 

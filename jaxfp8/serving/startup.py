@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 import pallas_kernels
 from jaxfp8.checkpoint import convert, readers
-from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
@@ -26,6 +25,7 @@ from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
 from jaxfp8.serving import memory
 from jaxfp8.serving.engine import sizes_up_to
 from jaxfp8.serving.steps import Limits
+from jaxfp8.sharding import make_mesh
 from jaxfp8.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
@@ -95,7 +95,7 @@ def open_model(wishes: Wishes, progress: Progress) -> Opened:
   config = source.config if source else read_manifest(path).config
   if hosts.count() > 1:
     hosts.require_same({"checkpoint": fingerprint(path), "recipe": dataclasses.asdict(recipe)})
-  mesh = checkpoint.make_mesh(config, wishes.tensor, wishes.data)
+  mesh = make_mesh(config, wishes.tensor, wishes.data)
   with progress.task("Loading weights"):
     if source:
       model = convert.load_source(source, recipe, mesh=mesh, implementation=wishes.implementation)
@@ -124,7 +124,7 @@ def _convert_apart(path: pathlib.Path, recipe: Recipe, wishes: Wishes) -> pathli
 
 def _check_source(source: readers.Source, wishes: Wishes) -> None:
   """What would be refused after the conversion is refused before it."""
-  checkpoint.make_mesh(source.config, wishes.tensor, wishes.data)
+  make_mesh(source.config, wishes.tensor, wishes.data)
   if wishes.needs_tokenizer:
     Tokenizer(source.tokenizer)
 
@@ -140,7 +140,7 @@ def require_implementation(name: str) -> None:
 
 
 def require_devices(count: int) -> None:
-  """As many CPU devices as this process's part is, before JAX starts; GPUs are what they are (see checkpoint.make_mesh)."""
+  """As many CPU devices as this process's part is, before JAX starts; GPUs are what they are (see sharding.make_mesh)."""
   if count > _MAX_CPU_DEVICES and os.environ.get("JAX_PLATFORMS") == "cpu":
     raise InputError(f"mesh: --tensor times --data must be at most {_MAX_CPU_DEVICES} on a CPU; got {count}. Use fewer.")
   if count % hosts.count():

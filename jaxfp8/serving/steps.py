@@ -21,7 +21,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxfp8.checkpoint.load import mesh_shape
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
@@ -29,7 +28,7 @@ from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import Sampled, SamplingBatch, sample
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import program_cache
-from jaxfp8.sharding import DATA, TENSOR, concatenate_over
+from jaxfp8.sharding import DATA, TENSOR, concatenate_over, mesh_shape
 from pallas_kernels import Target, conformance, debug
 from pallas_kernels.float8_bytes import loop_views, view_as_bytes
 

@@ -26,6 +26,7 @@ from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
 from jaxfp8.recipe import LayerFormat, Recipe
+from jaxfp8.sharding import make_mesh
 from tests.helpers import tiny_llamas, tiny_models
 
 RECIPES = {
@@ -125,7 +126,7 @@ class TestRoundTrip:
 
 class TestMeshes:
   def test_a_cut_model_is_not_saved(self, tmp_path):
-    mesh = checkpoint.make_mesh(CONFIGS["untied"], 3)
+    mesh = make_mesh(CONFIGS["untied"], 3)
     model = tiny_llamas.load("gqa_9_3_untied", RECIPES["f32"], mesh=mesh)
     with pytest.raises(InputError, match="loaded with tensor=1; got tensor=3"):
       checkpoint.save(model, tmp_path / "a")
@@ -133,9 +134,9 @@ class TestMeshes:
 
   def test_impossible_meshes(self):
     with pytest.raises(InputError, match="9 devices; 8 are here"):
-      checkpoint.make_mesh(CONFIGS["untied"], 9)
+      make_mesh(CONFIGS["untied"], 9)
     with pytest.raises(InputError, match="possible are 1, 3, 9"):
-      checkpoint.make_mesh(CONFIGS["untied"], 2)
+      make_mesh(CONFIGS["untied"], 2)
 
 
 def manifest_of(config, recipe) -> Manifest:

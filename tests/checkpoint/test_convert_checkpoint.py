@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 import jaxfp8
 from jaxfp8.checkpoint import convert, export, readers
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.checkpoint.manifest import WRITING
 from jaxfp8.checkpoint.open import CheckpointSource
 from jaxfp8.commands import command as cli
@@ -28,6 +27,7 @@ from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import calibration, quality
 from jaxfp8.recipe import Recipe
+from jaxfp8.sharding import make_mesh
 from tests.helpers import commands, dialect_files, numpy_llama, tiny_llamas, tiny_models
 from tests.helpers.numpy_recipes import divergence
 

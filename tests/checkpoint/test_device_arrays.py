@@ -8,8 +8,8 @@ from flax import nnx
 from jaxfp8.checkpoint import convert, layout
 from jaxfp8.checkpoint import device_arrays as filling
 from jaxfp8.checkpoint import load as checkpoint
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.recipe import LayerFormat
+from jaxfp8.sharding import make_mesh
 from tests.checkpoint import test_layout
 from tests.helpers import tiny_llamas
 from tools import measure_loading

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import convert, layout
-from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.recipe import Recipe
+from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 
 RECIPES = {
@@ -97,7 +97,7 @@ class TestMeshes:
   def test_devices_hold_their_parts(self, config, recipe, tensor):
     """kv = 3; kv = 2 with group = 2; kv = 2; and kv = 2 with group = 3, where a device has some queries of two KV heads."""
     one = model_of(config, recipe)
-    mesh = checkpoint.make_mesh(CONFIGS[config], tensor)
+    mesh = make_mesh(CONFIGS[config], tensor)
     kv, group = mesh.shape["kv"], mesh.shape["group"]
     many = tiny_llamas.load(CONFIGS[config], RECIPES[recipe], mesh=mesh)
     devices = {mesh.devices[0, i, j]: (i, j) for i in range(kv) for j in range(group)}

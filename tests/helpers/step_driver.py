@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingBatch, SamplingParams
 from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, Limits, StepInput
+from jaxfp8.sharding import make_mesh
 from tests.helpers import tiny_models
 
 

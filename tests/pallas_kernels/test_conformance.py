@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.steps import CompiledSteps, Limits
+from jaxfp8.sharding import make_mesh
 from pallas_kernels import Target, conformance, interpret
 from pallas_kernels.conformance import CHECKS, Check, KernelError, Outcome
 from pallas_kernels.fp8_matmul import interpret as matmul_interpret

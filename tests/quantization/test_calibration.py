@@ -17,6 +17,7 @@ from jaxfp8.model import fp8
 from jaxfp8.quantization import calibration, quality, quality_gate, rounding
 from jaxfp8.quantization import observers as magnitudes
 from jaxfp8.recipe import Recipe
+from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_models
 from tests.helpers.numpy_recipes import divergence
 
@@ -156,7 +157,7 @@ class TestScales:
 
   def test_each_device_has_its_heads_scales(self, config, folder, calibrated):
     scales = {key: array for key, array in calibrated[1].items() if "_scale[" in key}
-    mesh = checkpoint.make_mesh(config, 3)
+    mesh = make_mesh(config, 3)
     model = convert.load_source(readers.open_source(folder), STATIC, scales=scales, mesh=mesh)
     for layer in range(config.num_layers):
       own = [np.asarray(s.data)[layer] for s in model.segments[0].attention.v_scale.get_value().addressable_shards]

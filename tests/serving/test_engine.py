@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
@@ -16,6 +15,7 @@ from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request, default_limits, sizes_up_to
 from jaxfp8.serving.scheduler import Scheduler
 from jaxfp8.serving.steps import Limits
+from jaxfp8.sharding import make_mesh
 from jaxfp8.text.tokenizer import Tokenizer
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 

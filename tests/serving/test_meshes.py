@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model import llama as model
 from jaxfp8.model.llama import Llama
 from jaxfp8.recipe import Recipe
+from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 from tests.helpers.step_driver import Driver, Row
 from tests.helpers.tiny_llamas import F32

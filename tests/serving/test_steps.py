@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from jaxfp8.checkpoint.load import make_mesh
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
@@ -18,6 +17,7 @@ from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import CompiledSteps, Limits, prefill
+from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 from tests.helpers.step_driver import Driver, Row, bits, random_rows
 from tests.helpers.tiny_llamas import F32
