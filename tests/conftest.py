@@ -1,10 +1,14 @@
-"""Tests run on eight CPU devices, whatever else is here; GPU programs are compiled in subprocesses of their own.
+"""Tests run on eight CPU devices, on every machine; GPU programs are compiled in subprocesses of their own.
 
-`pytest -m gpu` is the exception: the tests that are marked so, on the GPU that is here, and nothing else. They are skipped
-everywhere else, with CI=true too, since no machine can be asked for a GPU that it does not have.
+Markers (pyproject.toml describes them): a test file sets `compile`, `process` and `gpu`; this file sets `slow` on the tests
+that slow_tests.txt lists, and `fast` on every test without a marker. `pytest -m fast` is the inner loop.
+
+`pytest -m gpu` runs the tests marked `gpu`, and no others, on the GPU of this machine. A machine without a GPU skips them,
+with CI=true too.
 """
 
 import os
+import pathlib
 import sys
 
 import pytest
@@ -16,16 +20,34 @@ if not ON_GPU:
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin: on shared cores numpy takes five times as long
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+SLOW_TESTS = pathlib.Path(__file__).parent / "slow_tests.txt"
+NOT_FAST = ("compile", "process", "gpu", "slow")
 
-def pytest_collection_modifyitems(items):
-  reason = _why_no_gpu()
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  no_gpu = _why_no_gpu()
+  slow = _slow_tests()
   for item in items:
-    if reason and item.get_closest_marker("gpu"):
-      item.add_marker(pytest.mark.skip(reason=reason))
+    if _without_parameters(item.nodeid) in slow:
+      item.add_marker("slow")
+    if not any(item.get_closest_marker(name) for name in NOT_FAST):
+      item.add_marker("fast")
+    if no_gpu and item.get_closest_marker("gpu"):
+      item.add_marker(pytest.mark.skip(reason=no_gpu))
+
+
+def _slow_tests() -> frozenset[str]:
+  """Node ids, without parameters, of the tests that slow_tests.txt lists."""
+  lines = SLOW_TESTS.read_text(encoding="utf-8").splitlines()
+  return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def _without_parameters(node_id: str) -> str:
+  return node_id.split("[")[0]
 
 
 def _why_no_gpu() -> str:
-  """Why tests marked gpu cannot run; empty where they can."""
+  """Why tests marked gpu cannot run; empty if they can."""
   if not ON_GPU:
     return "needs a GPU: run pytest -m gpu on a machine that has one"
   import jax
