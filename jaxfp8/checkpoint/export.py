@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxfp8.checkpoint.open import CheckpointSource
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
+from jaxfp8.checkpoint.unfinished import unfinished
 from jaxfp8.checkpoint.writer import sync_tree
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -39,23 +40,22 @@ def export_checkpoint(
     raise InputError(f"export: {output} exists already. Pass another folder, or remove it first.")
   temporary = output.with_name(f"{output.name}.writing-{secrets.token_hex(4)}")
   try:
-    temporary.mkdir(parents=True)
-    config = config_to_hf(source.config) | {"quantization_config": _scheme(source)}
-    config["dtype"] = config["torch_dtype"] = {"bf16": "bfloat16", "f32": "float32"}[source.manifest.recipe.stream]
-    _write_tensors(source, temporary, progress)
-    _write_json(temporary / "config.json", config)
-    _write_json(temporary / "generation_config.json", {k: config[k] for k in ("bos_token_id", "eos_token_id")})
-    if source.manifest.tokenizer:
-      _write_tokenizer(source.manifest.tokenizer, temporary)
-    sync_tree(temporary)
-    os.rename(temporary, output)
+    with unfinished(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+      temporary.mkdir(parents=True)
+      config = config_to_hf(source.config) | {"quantization_config": _scheme(source)}
+      config["dtype"] = config["torch_dtype"] = {"bf16": "bfloat16", "f32": "float32"}[source.manifest.recipe.stream]
+      _write_tensors(source, temporary, progress)
+      _write_json(temporary / "config.json", config)
+      _write_json(temporary / "generation_config.json", {k: config[k] for k in ("bos_token_id", "eos_token_id")})
+      if source.manifest.tokenizer:
+        _write_tokenizer(source.manifest.tokenizer, temporary)
+      sync_tree(temporary)
+      os.rename(temporary, output)
   except OSError as error:
     reason = os.strerror(error.errno) if error.errno else str(error)
     raise InputError(
       f"export: cannot write {output}: {reason}. Nothing was left behind; pass another folder or free space."
     ) from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
   return config
 
 

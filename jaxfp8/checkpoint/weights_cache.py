@@ -25,6 +25,7 @@ from jaxfp8.checkpoint.convert import Progress
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, check_files, is_checkpoint, read_manifest
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.unfinished import write_atomically
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
 
@@ -178,11 +179,9 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 
 def _write_index(path: pathlib.Path, known: dict[str, str]) -> None:
-  temporary = path.with_name(f"{path.name}.{os.getpid()}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(known, indent=1).encode())
   except OSError as error:
     raise InputError(
       f'cache: cannot write {path.parent}: {os.strerror(error.errno)}. Pass another --cache_dir, or --cache_dir="" for none.'

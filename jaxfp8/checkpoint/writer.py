@@ -20,18 +20,17 @@ import shutil
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxfp8.checkpoint import unfinished
 from jaxfp8.checkpoint.manifest import MANIFEST, TEMPLATE, TOKENIZER, WRITING, Manifest, orbax, orbax_context
 from jaxfp8.errors import InputError
 
 _PATIENCE = 10.0  # seconds that `abandon_unfinished` waits for a write under way
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|Input/output error|Read-only file system")
-_unfinished: "weakref.WeakSet[CheckpointWriter]" = weakref.WeakSet()
 
 
 class CheckpointWriter:
@@ -59,10 +58,10 @@ class CheckpointWriter:
   ):
     self.folder, self.manifest, self.work, self.resume = pathlib.Path(folder), manifest, work, resume
     # No leading dot: Orbax 0.12.8 would then silently finalize nothing. Random: process ids repeat in containers.
-    self._name_temporary(f"{self.folder.name}{WRITING}{secrets.token_hex(4)}")
+    self._name_temporary(_temporary_name(self.folder))
     self._late, self._check = late, check
     self.done: dict[str, str] = {}  # sha256 of every array that is on the disk
-    self._busy = threading.Lock()  # held while Orbax writes
+    self._busy = threading.Lock()  # held while files are written
     self._journal = None
 
   def _name_temporary(self, name: str) -> None:
@@ -73,13 +72,17 @@ class CheckpointWriter:
     if self.folder.exists():
       raise self._exists()
     try:
-      self.folder.parent.mkdir(parents=True, exist_ok=True)
-      if self.work is not None:
-        self._take_over()
-    except OSError as error:
-      raise self._disk_error(error) from error
-    _unfinished.add(self)
-    return self
+      unfinished.register(self, self.abandon)  # before the first file: nobody calls `__exit__` if this method is interrupted
+      with self._busy:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.work is not None:
+          self._take_over()
+      return self
+    except BaseException as error:
+      self._leave(keep=self.resume)
+      if isinstance(error, OSError):
+        raise self._disk_error(error) from error
+      raise
 
   def write(self, arrays: Mapping[str, np.ndarray]) -> None:
     """Adds arrays under keys that are not there yet."""
@@ -104,7 +107,7 @@ class CheckpointWriter:
 
   def abandon(self) -> None:
     """From another thread: waits for the write under way, lets no further write begin, and removes everything."""
-    self._busy.acquire(timeout=_PATIENCE)  # and never released
+    self._busy.acquire(timeout=_PATIENCE)  # never released
     if not self.resume:
       self._clean()
 
@@ -118,11 +121,15 @@ class CheckpointWriter:
     except OSError as failure:
       raise (self._exists() if self.folder.exists() else self._disk_error(failure)) from failure
     finally:
-      if not keep:
-        self._clean()
-      if self._journal:
-        self._journal.close()
-      _unfinished.discard(self)
+      self._leave(keep)
+
+  def _leave(self, keep: bool) -> None:
+    """Gives the journal's lock back, and removes what was written unless `keep`."""
+    if not keep:
+      self._clean()
+    if self._journal:
+      self._journal.close()
+    unfinished.discard(self)
 
   def _finish(self) -> None:
     if not self._temporary.exists():
@@ -175,11 +182,16 @@ class CheckpointWriter:
         continue
       _remove(self.folder.parent, name)
       journal.close()
-    if self._journal is None:
+    while self._journal is None:
       path = self.folder.with_name(self._temporary.name + ".journal")
-      self._journal = open(path, "x", encoding="utf-8")  # noqa: SIM115
-      fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      self._note({"work": self.work})
+      journal = open(path, "x", encoding="utf-8")  # noqa: SIM115
+      fcntl.flock(journal, fcntl.LOCK_EX)
+      if os.fstat(journal.fileno()).st_nlink:
+        self._journal = journal
+        self._note({"work": self.work})
+      else:  # before it was locked, another writer took it for a dead one's and removed it
+        journal.close()
+        self._name_temporary(_temporary_name(self.folder))
 
   def _adopt(self, name: str, journal) -> bool:
     """Whether a leftover is of this work and as its journal says; what the journal does not know is removed from it."""
@@ -251,10 +263,8 @@ def _remove(parent: pathlib.Path, name: str) -> None:
     time.sleep(0.05)
 
 
-def abandon_unfinished() -> None:
-  """For a program that must end now: removes what this process has half written. Nothing can be written afterwards."""
-  for writer in list(_unfinished):
-    writer.abandon()
+def _temporary_name(folder: pathlib.Path) -> str:
+  return f"{folder.name}{WRITING}{secrets.token_hex(4)}"
 
 
 def checksum(array: np.ndarray) -> str:

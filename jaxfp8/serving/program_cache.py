@@ -19,6 +19,8 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from jaxfp8.checkpoint.unfinished import write_atomically
+
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
   """The program stored under `key`, or None if there is none that this jax can load."""
@@ -37,11 +39,9 @@ def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
   path = _path(key, mesh)
   if path is None:
     return
-  temporary = path.with_name(f"{path.name}.{os.getpid()}")
   with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
-    os.replace(temporary, path)
+    write_atomically(path, pickle.dumps(serialize_executable.serialize(program)))
 
 
 def _path(key: str, mesh: Mesh) -> pathlib.Path | None:

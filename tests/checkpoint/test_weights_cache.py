@@ -41,15 +41,17 @@ def convert_chain(chain, cache):
 
 
 SLOW_CONVERSION = """
-import time
+import sys, time
 from absl import flags
 from jaxfp8.checkpoint import convert
 from jaxfp8.commands import command as cli
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint
+from jaxfp8.recipe import Recipe
 
 read, convert._WRITE_BYTES = convert.SourceArrays.read, 0
 convert.SourceArrays.read = lambda *args: time.sleep(0.5) or read(*args)
-cli.run(lambda arguments: print(cached_checkpoint(arguments[1], Recipe(), arguments[2])), flags.FlagValues())
+main = lambda: print(cached_checkpoint(sys.argv[1], Recipe(), sys.argv[2]))
+cli.run(cli.Command("slow", main, flags.FlagValues()), [])
 """
 
 

@@ -5,8 +5,10 @@ import dataclasses
 import io
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -15,8 +17,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jaxfp8.commands import command as cli
-from jaxfp8.commands import generate
+from jaxfp8.commands import command, generate
 from jaxfp8.config import LlamaConfig
 from tests.helpers import tiny_models
 
@@ -42,7 +43,7 @@ def run_here(monkeypatch, capsys, *args: str, stdin: bytes = b"") -> Ran:
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
   capsys.readouterr()
   try:
-    cli.run(generate.main, flags)
+    command.run(generate.COMMAND)
   except SystemExit as end:
     code = end.code
   out, err = capsys.readouterr()
@@ -62,7 +63,22 @@ def start(
   if terminal:  # the first one that the leader of a session opens becomes the controlling one
     command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
     options |= {"stdout": None, "stderr": None, "start_new_session": True}
-  return subprocess.Popen(command, cwd=ROOT, env=variables, **(options | popen))
+  with _default_interrupt():
+    return subprocess.Popen(command, cwd=ROOT, env=variables, **(options | popen))
+
+
+@contextlib.contextmanager
+def _default_interrupt() -> Iterator[None]:
+  """Processes that start here get SIGINT's default action, also where the shell has this one ignore it (nohup, `&`)."""
+  before = signal.getsignal(signal.SIGINT)
+  if before is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def end(process: subprocess.Popen) -> Ran:
