@@ -8,8 +8,7 @@ from pallas_kernels.debug import debug_checks
 from pallas_kernels.dispatch import Target
 from pallas_kernels.float8 import Quantized
 from pallas_kernels.fp8_matmul.api import Sums, fp8_matmul, fp8_matmul_sums
-from pallas_kernels.fused.api import residual_norm, rope_write, silu_multiply
-from pallas_kernels.page_write.api import page_write
+from pallas_kernels.fused.api import page_write, residual_norm, rope_write, silu_multiply
 from pallas_kernels.paged_attention.api import paged_attention
 
 __all__ = [

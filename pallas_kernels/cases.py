@@ -56,7 +56,7 @@ class MatmulCase:
     w_scale = None if self.form == "bf16" else jax.ShapeDtypeStruct(shape, F32)
     return x, w, w_scale, jax.ShapeDtypeStruct((self.T,), F32) if self.form == "w8a8" else None
 
-  def call(self, *arguments, target: Target, implementation: str = "wgmma"):
+  def call(self, *arguments, target: Target, implementation: str = "sm90"):
     return matmul_api.fp8_matmul(*arguments, implementation=implementation, target=target)
 
   def _tiling(self, target):
@@ -102,7 +102,7 @@ class AttentionCase:
     starts = None if self.T is None else ints((self.B + 1,))
     return q, k, v, ints((self.B, self.M)), starts, ints((self.B,)), scale, scale
 
-  def call(self, *arguments, target: Target, implementation: str = "wgmma"):
+  def call(self, *arguments, target: Target, implementation: str = "sm90"):
     *arrays, k_scale, v_scale = arguments
     kernel = {"implementation": implementation, "target": target}
     return attention_api.paged_attention(*arrays, k_scale=k_scale, v_scale=v_scale, **kernel)
@@ -140,7 +140,7 @@ class NormCase:
     x = jax.ShapeDtypeStruct((self.T, self.D), BF16)
     return x, x, jax.ShapeDtypeStruct((self.D,), F32)
 
-  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+  def call(self, *arguments, target: Target, implementation: str = "sm90"):
     return fused_api.residual_norm(*arguments, eps=1e-5, quantize=True, implementation=implementation, target=target)
 
   def flight(self, target: Target) -> Flight:
@@ -165,7 +165,7 @@ class SiluCase:
   def arguments(self) -> tuple:
     return _sums(self.S, self.T, 2 * self.F)
 
-  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+  def call(self, *arguments, target: Target, implementation: str = "sm90"):
     sums = matmul_api.Sums(*arguments)
     return fused_api.silu_multiply(sums, quantize=True, implementation=implementation, target=target)
 
@@ -198,7 +198,7 @@ class RopeCase:
     angles = jax.ShapeDtypeStruct((self.T, self.H // 2), F32)
     return *_sums(self.S, self.T, self.K * (self.G + 2) * self.H), angles, angles, pages, ints((self.T, 64)), ints((self.T,))
 
-  def call(self, *arguments, target: Target, implementation: str = "mosaic"):
+  def call(self, *arguments, target: Target, implementation: str = "sm90"):
     *sums, cos, sin, pages, table, lengths = arguments
     kernel = {"implementation": implementation, "target": target}
     return fused_api.rope_write(matmul_api.Sums(*sums), cos, sin, pages, table, None, lengths, **kernel)

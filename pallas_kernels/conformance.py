@@ -39,7 +39,7 @@ class Check:
   """One small call of one kernel. call(*arguments, implementation=, target=); limit: of the relative error."""
 
   name: str
-  operation: str  # the folder
+  operation: str
   call: Callable
   arguments: Callable[[], tuple]
   limit: float
@@ -102,7 +102,7 @@ def require_passed(outcomes: list[Outcome], device: str) -> None:
 
 
 def run(target: Target, implementation: Callable[[str], str | None] | None = None) -> list[Outcome]:
-  """Every check on the default device. implementation: of an operation's folder; by default the best that is not XLA."""
+  """The outcome of every check on the default device. implementation: the name for an operation; by default its kernel."""
   outcomes = []
   for check in CHECKS:
     name = (implementation or functools.partial(kernel_of, target=target))(check.operation)
@@ -113,7 +113,7 @@ def run(target: Target, implementation: Callable[[str], str | None] | None = Non
 
 def kernel_of(operation: str, target: Target) -> str | None:
   """The kernel that an operation has for a target, or None."""
-  return next((name for name in dispatch.order(f"pallas_kernels.{operation}", target) if name not in ("xla", "cpu")), None)
+  return next((name for name in dispatch.order(operation, target) if name not in ("xla", "cpu")), None)
 
 
 def run_one(check: Check, implementation: str, target: Target) -> Outcome:
@@ -264,9 +264,9 @@ def _checks() -> Iterator[Check]:
     call, arguments = _attention(lengths, counts, fp8, quantize)
     yield Check(f"paged_attention ({name})", "paged_attention", call, arguments, ROUNDED if quantize else 0.02)
   norm = functools.partial(residual_norm, eps=1e-5, quantize=True)
-  yield Check("residual_norm", "fused", norm, _norm_arguments, ROUNDED)
-  yield Check("rope_write", "fused", _rope, _rope_arguments, ROUNDED)
-  yield Check("silu_multiply", "fused", _silu, _silu_arguments, ROUNDED)
+  yield Check("residual_norm", "residual_norm", norm, _norm_arguments, ROUNDED)
+  yield Check("rope_write", "rope_write", _rope, _rope_arguments, ROUNDED)
+  yield Check("silu_multiply", "silu_multiply", _silu, _silu_arguments, ROUNDED)
 
 
 CHECKS = tuple(_checks())

@@ -82,8 +82,8 @@ def mode() -> Iterator[None]:
     yield
 
 
-def gpu(target: Target | None) -> Target:
-  """The GPU to play: the given one, or an H100 with two SMs, since every CTA costs milliseconds."""
+def played_gpu(target: Target | None) -> Target:
+  """The GPU whose kernels are interpreted: `target`, or for a CPU an H100 with two SMs, since every CTA costs milliseconds."""
   return target if target is not None and target.platform != "cpu" else Target("cuda", (9, 0), 2)
 
 

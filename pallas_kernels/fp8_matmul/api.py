@@ -56,7 +56,7 @@ def fp8_matmul_sums(
     w_scale: float32, [F] per output channel, or [F / R, ceil(D / 128)] per block of R rows and 128 columns, where R is a
       power of two that divides F (128 for ordinary linears, less where a head is smaller than a block).
     x_scale: float32, [T] per token or [] for a static scale; only with float8 activations.
-    implementation: "auto", or the name of a file in this folder.
+    implementation: "auto", or the name of an implementation (`dispatch.implementations`).
     target: what the program is compiled for; None means the default device.
 
   Raises:
@@ -64,7 +64,7 @@ def fp8_matmul_sums(
   """
   _check(x_TD, w_FD, w_scale, x_scale)
   target = target or dispatch.default_target()
-  y = dispatch.run(__package__, "fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
+  y = dispatch.run("fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
   return y if isinstance(y, Sums) else Sums(y[None])
 
 

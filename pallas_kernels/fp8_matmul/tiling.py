@@ -160,14 +160,14 @@ def form_of(x_TD, w_FD, w_scale) -> Form:
   """What is multiplied. Raises NotImplementedError for what the kernels cannot do."""
   F, D = w_FD.shape
   if jnp.float32 in (x_TD.dtype, w_FD.dtype):
-    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {x_TD.dtype} by {w_FD.dtype}")
+    raise NotImplementedError(f"sm90 multiplies float8 and bfloat16, not {x_TD.dtype} by {w_FD.dtype}")
   if D % 64 or F % 8:
-    raise NotImplementedError(f"wgmma needs D a multiple of 64 and F of 8; got F={F}, D={D}")
+    raise NotImplementedError(f"sm90 needs D a multiple of 64 and F of 8; got F={F}, D={D}")
   block_rows = api.block_rows(w_FD, w_scale) if w_scale is not None and w_scale.ndim == 2 else 0
   if block_rows % WG_ROWS:
-    raise NotImplementedError(f"wgmma needs scale blocks of a multiple of {WG_ROWS} rows; got {block_rows}")
+    raise NotImplementedError(f"sm90 needs scale blocks of a multiple of {WG_ROWS} rows; got {block_rows}")
   if not api.is_float8(w_FD) and api.is_float8(x_TD):
-    raise NotImplementedError("wgmma does not mix float8 activations with bfloat16 weights")
+    raise NotImplementedError("sm90 does not mix float8 activations with bfloat16 weights")
   widens = api.is_float8(w_FD) and not api.is_float8(x_TD)
   return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
 

@@ -3,6 +3,7 @@
     residual_norm   x + y, RMSNorm, and float8 for the linear that follows
     rope_write      the sums of qkv finished, RoPE, keys and values quantized and put into their pages
     silu_multiply   the sums of gate and up finished, SwiGLU, and float8 for the linear that follows
+    page_write      entries of tokens into pages, without a kernel
 
 Where a result goes into a float8 linear (`quantize`), an implementation that can round it on the way out returns Quantized, and
 others the plain array: linears take both. Letters as in paged_attention; D model width, F MLP width.
@@ -46,7 +47,7 @@ def residual_norm(
     )
   target = target or dispatch.default_target()
   options = {"eps": eps, "quantize": quantize, "static_scale": static_scale}
-  return dispatch.run(__package__, "residual_norm", implementation, target, x_TD, y_TD, weight_D, **options)
+  return dispatch.run("residual_norm", implementation, target, x_TD, y_TD, weight_D, **options)
 
 
 def rope_write(
@@ -91,9 +92,9 @@ def rope_write(
     raise ValueError(f"rope_write: float8 pages need their two scales and others have none; got {len(pages)} pools.")
   target = target or dispatch.default_target()
   sizes = {"num_tokens": T, "page_size": pages[0].shape[2], "num_pages": pages[0].shape[0] - first_page}
-  where = debug.checked_pages("rope_write", page_table_BM, query_starts, lengths_B, **sizes)
+  page_arrays = debug.checked_pages("rope_write", page_table_BM, query_starts, lengths_B, **sizes)
   options = {"first_page": first_page, "static_scales": static_scales, "dtype": jnp.dtype(dtype)}
-  return dispatch.run(__package__, "rope_write", implementation, target, qkv, cos_TH, sin_TH, pages, *where, **options)
+  return dispatch.run("rope_write", implementation, target, qkv, cos_TH, sin_TH, pages, *page_arrays, **options)
 
 
 def silu_multiply(
@@ -113,4 +114,43 @@ def silu_multiply(
     raise ValueError(f"silu_multiply: needs gates and as many ups; got {gate_up.parts_STF.shape[2]} columns.")
   target = target or dispatch.default_target()
   options = {"quantize": quantize, "static_scale": static_scale, "dtype": jnp.dtype(dtype)}
-  return dispatch.run(__package__, "silu_multiply", implementation, target, gate_up, **options)
+  return dispatch.run("silu_multiply", implementation, target, gate_up, **options)
+
+
+def page_write(
+  pages: tuple[jax.Array, ...],
+  values: tuple[jax.Array, ...],
+  token_axes: tuple[int, ...],
+  page_table_BM: jax.Array,
+  query_starts: jax.Array | None,
+  lengths_B: jax.Array,
+  *,
+  implementation: str = "auto",
+  target: dispatch.Target | None = None,
+) -> tuple[jax.Array, ...]:
+  """Writes an entry of each query token into pools of pages; in place where the pools are donated or carried by a loop.
+
+  No model calls this operation: `rope_write` writes keys and values. It is for programs with arrays of their own.
+
+  Args:
+    pages: pools [P, K, ...] whose axis token_axes[i] counts the tokens of a page: K pages [P, K, C, H] (axis 2), V pages
+      [P, K, H, C] (axis 3), scales [P, K, C] (axis 2).
+    values: the entries, [T, K, ...] without the token axis, in the pool's dtype.
+    page_table_BM, query_starts, lengths_B: as in `paged_attention`; padding and empty slots write nothing.
+
+  Returns: the pools with the tokens in them.
+
+  Raises:
+    ValueError: shapes or dtypes disagree, or a forced implementation cannot run.
+  """
+  for pool, value, axis in zip(pages, values, token_axes, strict=True):
+    entry = (*pool.shape[1:axis], *pool.shape[axis + 1 :])
+    if value.shape[1:] != entry or value.dtype != pool.dtype:
+      raise ValueError(
+        f"page_write: a pool {pool.dtype} {pool.shape} with tokens on axis {axis} takes {pool.dtype} [T, "
+        f"{', '.join(map(str, entry))}]; got {value.dtype} {value.shape}. Quantize or cast before writing."
+      )
+  target = target or dispatch.default_target()
+  sizes = {"num_tokens": values[0].shape[0], "page_size": pages[0].shape[token_axes[0]], "num_pages": pages[0].shape[0]}
+  page_arrays = debug.checked_pages("page_write", page_table_BM, query_starts, lengths_B, **sizes)
+  return dispatch.run("page_write", implementation, target, pages, values, token_axes, *page_arrays)

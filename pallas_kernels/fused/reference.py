@@ -1,12 +1,13 @@
 """The plain truth, on any device, with derivatives. Bits do not depend on the number of tokens."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.float8 import quantize_tokens
-from pallas_kernels.page_write.api import page_write
+from pallas_kernels.paged_attention.reference import query_places
 
 
 def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target=None):
@@ -29,8 +30,22 @@ def _mean_square(x_TD):
   return total[:T, :1] / D
 
 
-def rope_write_with(write: str):
-  """`rope_write` whose pages are written by page_write's implementation `write`."""
+def page_write(pages, values, token_axes, page_table_BM, query_starts, lengths_B, *, target=None):
+  """One scatter a pool."""
+  sequence_T, position_T = query_places(query_starts, lengths_B, values[0].shape[0])
+  out = []
+  for pool, value, axis in zip(pages, values, token_axes, strict=True):
+    C = pool.shape[axis]
+    page_T = page_table_BM[sequence_T, jnp.maximum(position_T, 0) // C]
+    page_T = jnp.where(position_T < 0, pool.shape[0], page_T)  # out of range: dropped
+    tokens_first = jnp.moveaxis(pool, axis, 1)
+    written = tokens_first.at[page_T, position_T % C].set(value, mode="drop")
+    out.append(jnp.moveaxis(written, 1, axis))
+  return tuple(out)
+
+
+def rope_write_with(page_write: Callable):
+  """`rope_write` whose pages are written by an implementation of `page_write`."""
 
   def rope_write(
     qkv, cos_TH, sin_TH, pages, page_table_BM, query_starts, lengths_B, *, first_page, static_scales, dtype, target=None
@@ -48,13 +63,13 @@ def rope_write_with(write: str):
       given = (None, None) if static_scales is None else (jnp.broadcast_to(scale, (T, K)) for scale in static_scales)
       (k, k_scale), (v, v_scale) = (quantize_tokens(x, scale) for x, scale in zip((k, v), given, strict=True))
       values = k, v, k_scale, v_scale
-    where = page_table_BM + first_page, query_starts, lengths_B
-    return q, page_write(pages, values, (2, 3, 2, 2)[: len(pages)], *where, implementation=write, target=target)
+    token_axes = (2, 3, 2, 2)[: len(pages)]
+    return q, page_write(pages, values, token_axes, page_table_BM + first_page, query_starts, lengths_B)
 
   return rope_write
 
 
-rope_write = rope_write_with("reference")
+rope_write = rope_write_with(page_write)
 
 
 def _rotate(x_TNH, cos, sin):

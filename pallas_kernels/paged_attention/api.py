@@ -51,16 +51,15 @@ def paged_attention(
   _check(q_TNH, k_pages, v_pages, page_table_BM, query_starts, lengths_B, k_scale, v_scale)
   target = target or dispatch.default_target()
   sizes = {"num_tokens": q_TNH.shape[0], "page_size": k_pages.shape[2], "num_pages": k_pages.shape[0] - first_page}
-  where = debug.checked_pages("paged_attention", page_table_BM, query_starts, lengths_B, **sizes)
+  page_arrays = debug.checked_pages("paged_attention", page_table_BM, query_starts, lengths_B, **sizes)
   return dispatch.run(
-    __package__,
     "paged_attention",
     implementation,
     target,
     q_TNH,
     k_pages,
     v_pages,
-    *where,
+    *page_arrays,
     k_scale=k_scale,
     v_scale=v_scale,
     first_page=first_page,

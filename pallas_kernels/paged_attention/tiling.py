@@ -35,7 +35,7 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   # Every column costs registers: its output, its softmax and, where K and V are widened, them.
   most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
   if most < G:
-    raise NotImplementedError(f"wgmma needs at most {most} query heads a KV head for these pages; got {G}")
+    raise NotImplementedError(f"sm90 needs at most {most} query heads a KV head for these pages; got {G}")
   sizes = tuned.lookup("paged_attention", target, key_of(T, N, K, H, C, B, M, decode, dtype))
   tokens = 1 if decode else sizes.get("tokens", most // G)
   columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)

@@ -304,7 +304,7 @@ def test_more_pages_than_memory_has(run, monkeypatch):
 
 def test_kernel_that_cannot_run_here(run):
   refused(
-    run("--prompt", "x", "--implementation", "wgmma"), r"implementation='wgmma' cannot run here .*Pass implementation=\"auto\""
+    run("--prompt", "x", "--implementation", "sm90"), r"implementation='sm90' cannot run here .*Pass implementation=\"auto\""
   )
 
 

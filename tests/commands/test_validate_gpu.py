@@ -21,6 +21,7 @@ from jaxfp8.commands.gpu_validation.timing import DeviceTimer, Timing, WallTimer
 from pallas_kernels import Target, debug, tuned
 from pallas_kernels.cases import CASES, AttentionCase, by_name
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
+from pallas_kernels.fused import sm90
 from tests.helpers import commands
 
 H100 = Target("cuda", (9, 0), 132, "NVIDIA H100 80GB HBM3")
@@ -39,7 +40,7 @@ def test_without_a_gpu_it_is_one_sentence():
   [
     ("--minutes=0", "--minutes must be positive"),
     ("--output=/no/such/place/x.md", "folder of --output"),
-    ("x", "takes flags only"),
+    ("x", "every argument is a flag"),
   ],
 )
 def test_bad_flags(flag, message):
@@ -183,7 +184,7 @@ class TestStages:
     for stage, names in (("device", ["this machine"]), ("conformance", ["norm", "no such case"]), ("timing", ["norm"])):
       gpu_stages.work(stage, names, str(out), math.inf, True)
     device, right, wrong, timing = map(json.loads, out.read_text().splitlines())
-    assert device["kernels"]["fp8_matmul"] == ["wgmma", "xla"] and device["names"]["conformance"][-1] == "rope"
+    assert device["kernels"]["fp8_matmul"] == ["sm90", "xla"] and device["names"]["conformance"][-1] == "rope"
     assert right["passed"] and 0 < right["error"] < right["limit"] and right["against"] == "float32"
     assert not wrong["passed"] and "StopIteration" in wrong["failure"]
     assert timing["times"]["interpret"]["seconds"] > timing["times"]["xla"]["seconds"] > 0
@@ -191,15 +192,13 @@ class TestStages:
     assert "A rehearsal" in text and re.search(r"\| norm \| interpret \| float32 \| 0\.0\d+ \| 0\.05 \|", text)
 
   def test_a_wrong_kernel_does_not_pass(self, bench, monkeypatch):
-    from pallas_kernels.fused import interpret
-
-    right = interpret.residual_norm
+    right = sm90.residual_norm
 
     def twice(*arguments, **options):
       x, (values, scale) = right(*arguments, **options)
       return x, type(right(*arguments, **options)[1])(values, 2 * scale)
 
-    monkeypatch.setattr(interpret, "residual_norm", twice)
+    monkeypatch.setattr(sm90, "residual_norm", twice)
     record = gpu_stages.conformance_record(bench, "norm")
     assert not record["passed"] and record["error"] > 0.5
 
@@ -274,21 +273,21 @@ def test_the_report_reads_and_parses():
     {
       "stage": "conformance",
       "name": "a",
-      "implementation": "wgmma",
+      "implementation": "sm90",
       "against": "xla",
       "error": nan,
       "limit": 0.01,
       "passed": False,
     },
     {"stage": "conformance", "name": "b", "failure": "died | of it", "passed": False},
-    {"stage": "timing", "name": "c", "times": {"wgmma": times}},
+    {"stage": "timing", "name": "c", "times": {"sm90": times}},
     {"stage": "timing", "name": "d", "missed": True},
     {"stage": "tuning", "name": "e", "found": [found], "written": ""},
     {"stage": "models", "name": "f", "decode_tok_s": 100.0, "decode_step_seconds": 0.01, "prefill_tok_s": 5e3},
   ]
   text = gpu_report.write_report(records, 9.5)
   assert "0 of 2 comparisons passed; wrong or failed: a, b; not reached in time: timing of d." in text
-  assert "| c | wgmma | 10.0 us | 2,900 | 5.8 | 87 % |" in text and "| WRONG |" in text and "FAILED: died / of it" in text
+  assert "| c | sm90 | 10.0 us | 2,900 | 5.8 | 87 % |" in text and "| WRONG |" in text and "FAILED: died / of it" in text
   assert gpu_report.has_failed(records)
   (stored,) = re.findall(r"```json\n(.*)\n```", text, re.S)
   assert [record["stage"] for record in json.loads(stored)] == [record["stage"] for record in records]

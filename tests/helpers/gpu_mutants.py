@@ -4,10 +4,10 @@ import dataclasses
 import inspect
 import types
 
-from pallas_kernels.fp8_matmul import wgmma as matmul
-from pallas_kernels.fused import mosaic as fused
+from pallas_kernels.fp8_matmul import sm90 as matmul
+from pallas_kernels.fused import sm90 as fused
 from pallas_kernels.paged_attention import combine
-from pallas_kernels.paged_attention import wgmma as attention
+from pallas_kernels.paged_attention import sm90 as attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,9 @@ from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.steps import CompiledSteps, Limits
 from jaxfp8.sharding import make_mesh
-from pallas_kernels import Target, conformance, interpret
+from pallas_kernels import Target, conformance, dispatch, interpret
 from pallas_kernels.conformance import CHECKS, Check, KernelError, Outcome
-from pallas_kernels.fp8_matmul import interpret as matmul_interpret
-from pallas_kernels.fp8_matmul import wgmma
+from pallas_kernels.fp8_matmul import sm90
 from tests.helpers import tiny_llamas
 
 GPU = Target("cuda", (9, 0), 8)
@@ -34,10 +33,15 @@ def test_right_kernels_pass(check):
 
 def test_every_kernel_of_a_hopper_has_a_check():
   have = {(check.operation, conformance.kernel_of(check.operation, HOPPER)) for check in CHECKS}
-  assert have == {("fp8_matmul", "wgmma"), ("paged_attention", "wgmma"), ("fused", "mosaic")}
+  assert have == {
+    ("fp8_matmul", "sm90"),
+    ("paged_attention", "sm90"),
+    ("residual_norm", "sm90"),
+    ("rope_write", "sm90"),
+    ("silu_multiply", "sm90"),
+  }
   assert conformance.kernel_of("page_write", HOPPER) is None
-  folders = {path.parent.name for path in conformance.pathlib.Path(conformance.__file__).parent.glob("*/api.py")}
-  kernels = {folder for folder in folders if conformance.kernel_of(folder, HOPPER)}
+  kernels = {operation for operation in dispatch.OPERATIONS if conformance.kernel_of(operation, HOPPER)}
   assert kernels == {check.operation for check in CHECKS}
 
 
@@ -47,9 +51,10 @@ def test_a_wrong_kernel_is_named(monkeypatch, place):
 
   def forgets(*arguments, **options):
     arguments = [jnp.ones_like(x) if i == place else x for i, x in enumerate(arguments)]
-    return wgmma.fp8_matmul(*arguments, **options)
+    return kernel(*arguments, **options)
 
-  monkeypatch.setattr(matmul_interpret, "wgmma", types.SimpleNamespace(fp8_matmul=forgets))
+  kernel = sm90.fp8_matmul
+  monkeypatch.setattr(sm90, "fp8_matmul", forgets)
   with interpret.running():
     outcome = conformance.run_one(MATMUL, "interpret", GPU)
   assert not outcome.passed and not outcome.failure and outcome.error > 10 * outcome.limit
@@ -62,7 +67,7 @@ def test_a_kernel_that_cannot_be_launched_is_named(monkeypatch):
   def fail(*_, **__):
     raise RuntimeError("CUDA_ERROR_INVALID_VALUE: the launch failed")
 
-  monkeypatch.setattr(matmul_interpret, "fp8_matmul", fail)
+  monkeypatch.setattr(sm90, "fp8_matmul", fail)
   outcome = conformance.run_one(MATMUL, "interpret", GPU)
   assert not outcome.passed and "RuntimeError: CUDA_ERROR_INVALID_VALUE" in outcome.failure
   with pytest.raises(KernelError, match=r"fails: RuntimeError.*Go on with --implementation=xla"):
@@ -74,8 +79,8 @@ def test_what_is_not_finite_never_passes(bad):
   def call(x, implementation, target):
     return x if implementation == "xla" else x.at[0, 0].set(bad)
 
-  check = Check("a check", "fused", call, lambda: (np.ones((2, 3), np.float32),), 1e9)
-  assert not conformance.run_one(check, "mosaic", GPU).passed
+  check = Check("a check", "residual_norm", call, lambda: (np.ones((2, 3), np.float32),), 1e9)
+  assert not conformance.run_one(check, "sm90", GPU).passed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ class FakeGpu:
 @pytest.fixture
 def first_use(monkeypatch):
   """Counts runs of the checks on fake devices; what they give is in `outcomes`."""
-  state = types.SimpleNamespace(runs=0, outcomes=[Outcome("a check", "wgmma", 0.001, 0.01)])
+  state = types.SimpleNamespace(runs=0, outcomes=[Outcome("a check", "sm90", 0.001, 0.01)])
 
   def run(target):
     state.runs += 1
@@ -132,7 +137,7 @@ def test_changed_kernels_are_checked_again(first_use, tmp_path, monkeypatch):
   conformance.require(FakeGpu(), tmp_path)
   package = tmp_path / "pallas_kernels"
   package.mkdir()
-  (package / "wgmma.py").write_text("changed")
+  (package / "sm90.py").write_text("changed")
   monkeypatch.setattr(conformance, "__file__", str(package / "conformance.py"))
   conformance._require.cache_clear()
   conformance.require(FakeGpu(), tmp_path)
@@ -140,9 +145,9 @@ def test_changed_kernels_are_checked_again(first_use, tmp_path, monkeypatch):
 
 
 def test_failure_is_not_remembered(first_use, tmp_path):
-  first_use.outcomes = [Outcome("a check", "wgmma", 0.5, 0.01)]
+  first_use.outcomes = [Outcome("a check", "sm90", 0.5, 0.01)]
   for _ in range(2):
-    with pytest.raises(KernelError, match=r"a check: the kernel 'wgmma' is off by 0\.5, where 0\.01 is allowed"):
+    with pytest.raises(KernelError, match=r"a check: the kernel 'sm90' is off by 0\.5, where 0\.01 is allowed"):
       conformance.require(FakeGpu(), tmp_path)
   assert first_use.runs == 2 and not list(tmp_path.iterdir())
 

@@ -239,7 +239,7 @@ class TestRules:
     with pytest.raises(ValueError, match=message):
       fp8_matmul(*map(jnp.asarray, arguments))
 
-  @pytest.mark.parametrize(("name", "message"), [("nonsense", "no implementation named"), ("wgmma", "cannot run here")])
+  @pytest.mark.parametrize(("name", "message"), [("nonsense", "no implementation named"), ("sm90", "cannot run here")])
   def test_a_forced_implementation_that_cannot_run(self, name, message):
     with pytest.raises(ValueError, match=message):
       fp8_matmul(jnp.asarray(self.X), jnp.asarray(self.W), implementation=name)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels.fused import cpu, mosaic, reference, xla
+from pallas_kernels.fused import cpu, reference, sm90, xla
 from pallas_kernels.paged_attention import combine
 from tests.helpers import gpu_calls
 from tests.helpers.fused_calls import Joined, Norm, Rope, Silu
@@ -33,7 +33,7 @@ PLAIN = {"cpu": cpu, "xla": xla, "reference": reference}
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_kernels(call):
-  vector, _ = call.run(mosaic)
+  vector, _ = call.run(sm90)
   assert gpu_calls.relative(vector, call.truth()) < call.limit()
 
 
@@ -75,10 +75,10 @@ def test_parts_are_joined(call, monkeypatch):
 def test_calls_that_cannot_be_are_left_to_others():
   ones = jnp.ones((2, 192), jnp.bfloat16)
   with pytest.raises(NotImplementedError, match="multiple of 128; got 192"):
-    mosaic.residual_norm(ones, ones, jnp.ones(192), eps=1e-5, quantize=False, static_scale=None, target=gpu_calls.GPU)
+    sm90.residual_norm(ones, ones, jnp.ones(192), eps=1e-5, quantize=False, static_scale=None, target=gpu_calls.GPU)
   wide = jnp.ones((2, 256), jnp.float32)
   with pytest.raises(NotImplementedError, match="computes in bfloat16"):
-    mosaic.residual_norm(wide, wide, jnp.ones(256), eps=1e-5, quantize=False, static_scale=None, target=gpu_calls.GPU)
+    sm90.residual_norm(wide, wide, jnp.ones(256), eps=1e-5, quantize=False, static_scale=None, target=gpu_calls.GPU)
 
 
 def test_wrong_shapes_are_named():

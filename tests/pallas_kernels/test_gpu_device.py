@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from pallas_kernels import Target, conformance, dispatch, interpret
-from pallas_kernels.fp8_matmul import wgmma as matmul
-from pallas_kernels.fused import mosaic
-from pallas_kernels.paged_attention import wgmma as attention
+from pallas_kernels.fp8_matmul import sm90 as matmul
+from pallas_kernels.fused import sm90 as fused
+from pallas_kernels.paged_attention import sm90 as attention
 from tests.helpers import gpu_calls
 from tests.helpers.gpu_calls import Matmul
 from tests.pallas_kernels.test_fused_interpreted import NORMS, ROPES, SILUS
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 CALLS = (
   *((matmul, call) for call in MATMULS),
   *((attention, call) for call in DECODES + PREFILLS),
-  *((mosaic, call) for call in NORMS + SILUS + ROPES),
+  *((fused, call) for call in NORMS + SILUS + ROPES),
 )
 
 

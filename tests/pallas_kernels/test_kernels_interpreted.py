@@ -10,11 +10,11 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch
-from pallas_kernels.fp8_matmul import wgmma as matmul
+from pallas_kernels.fp8_matmul import sm90 as matmul
 from pallas_kernels.fp8_matmul import xla as matmul_xla
-from pallas_kernels.page_write import reference as page_write_reference
-from pallas_kernels.page_write import xla as page_write_xla
-from pallas_kernels.paged_attention import wgmma as attention
+from pallas_kernels.fused import reference as fused_reference
+from pallas_kernels.fused import xla as fused_xla
+from pallas_kernels.paged_attention import sm90 as attention
 from pallas_kernels.paged_attention import xla as attention_xla
 from tests.helpers import gpu_calls
 from tests.helpers.gpu_calls import Attention, Matmul
@@ -137,19 +137,19 @@ def test_a_kernel_has_no_derivative_and_says_so():
     return pallas_kernels.fp8_matmul(x, w, implementation=implementation, target=gpu_calls.GPU).astype(jnp.float32).sum()
 
   with pytest.raises(ValueError, match='Pass implementation="reference"'):
-    jax.grad(total)(x, "wgmma")
+    jax.grad(total)(x, "sm90")
   assert jax.grad(total)(x, "reference").shape == x.shape
 
 
 def test_dispatch_says_who_runs():
   hopper, ada = pallas_kernels.Target("cuda", (9, 0), 132), pallas_kernels.Target("cuda", (8, 9), 142)
-  assert dispatch.order("pallas_kernels.fp8_matmul", hopper) == ("wgmma", "xla")
-  assert dispatch.order("pallas_kernels.page_write", hopper) == ("xla",)
-  assert dispatch.order("pallas_kernels.fused", hopper) == ("mosaic", "xla")
-  assert dispatch.order("pallas_kernels.paged_attention", ada) == ("xla",)
-  with pytest.raises(ValueError, match=r"wgmma needs a GPU of compute capability 9\.0"):
+  assert dispatch.order("fp8_matmul", hopper) == ("sm90", "xla")
+  assert dispatch.order("page_write", hopper) == ("xla",)
+  assert dispatch.order("rope_write", hopper) == ("sm90", "xla")
+  assert dispatch.order("paged_attention", ada) == ("xla",)
+  with pytest.raises(ValueError, match=r"sm90 needs a GPU of compute capability 9\.0"):
     pallas_kernels.fp8_matmul(
-      jnp.ones((2, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16), implementation="wgmma", target=ada
+      jnp.ones((2, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16), implementation="sm90", target=ada
     )
 
 
@@ -176,13 +176,13 @@ def test_page_write_in_plain_xla(call):
     gpu_calls.in_one_program(
       lambda pages, new, *where, write=write: write(pages, new, (2, 3), *where), (k, v), new, table, starts, lengths
     )
-    for write in (page_write_xla.page_write, page_write_reference.page_write)
+    for write in (fused_xla.page_write, fused_reference.page_write)
   )
   for got, want in zip(written, wanted, strict=True):
     np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
 
 
-def test_calls_that_wgmma_cannot_do_are_left_to_others():
+def test_calls_that_sm90_cannot_do_are_left_to_others():
   x = jnp.ones((2, 60), jnp.bfloat16)
   with pytest.raises(NotImplementedError, match="D a multiple of 64"):
     matmul.fp8_matmul(x, jnp.ones((64, 60), jnp.bfloat16), None, None, out_dtype=jnp.bfloat16, target=gpu_calls.GPU)

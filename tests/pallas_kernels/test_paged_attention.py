@@ -204,7 +204,7 @@ class TestRules:
     with pytest.raises(ValueError, match=message):
       paged_attention(**(good | change(good)))
 
-  @pytest.mark.parametrize(("name", "message"), [("nonsense", "no implementation named"), ("wgmma", "cannot run here")])
+  @pytest.mark.parametrize(("name", "message"), [("nonsense", "no implementation named"), ("sm90", "cannot run here")])
   def test_a_forced_implementation_that_cannot_run(self, name, message):
     with pytest.raises(ValueError, match=message):
       paged_attention(**paged_cases.to_jax(self.GOOD.arrays()), implementation=name)

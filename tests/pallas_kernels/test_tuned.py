@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels import Target, tuned
 from pallas_kernels.cases import AttentionCase, by_name
+from pallas_kernels.fp8_matmul import sm90
 from pallas_kernels.fp8_matmul import tiling as matmul
-from pallas_kernels.fp8_matmul import wgmma
 from pallas_kernels.paged_attention import tiling as attention
 from tests.helpers.gpu_calls import Matmul, relative
 
@@ -172,9 +172,9 @@ def test_the_kernel_computes_with_them():
   call, seen = Matmul("w8a8", 3, 64, 1024), []
   for splits, depth in ((2, 256), (4, 128)):
     with tuned.trying("fp8_matmul", {"rows": 64, "depth": depth, "stages": 2, "splits": splits}):
-      y, copies = call.run(wgmma)
+      y, copies = call.run(sm90)
     assert relative(y, call.truth()) < 2e-6
     seen.append(copies.bytes_read)
   assert seen[0] == seen[1]
   with pytest.raises(ValueError, match="splits that divide"), tuned.trying("fp8_matmul", FEW | {"splits": 5}):
-    call.run(wgmma)
+    call.run(sm90)

@@ -70,8 +70,7 @@ class Bench:
   def kernel_of(self, case: Case) -> str | None:
     if self.rehearsal:
       return "interpret"
-    operation = case.kernel if isinstance(case, MatmulCase | AttentionCase) else "fused"
-    return conformance.kernel_of(operation, self.target)
+    return conformance.kernel_of(case.kernel, self.target)
 
   def names(self, stage: str) -> list[str]:
     """What there is to do in a stage, in order."""
@@ -103,7 +102,7 @@ def device_record(bench: Bench, name: str) -> dict[str, Any]:
     "jax": jax.__version__,
     "runtime": " ".join(bench.device.client.platform_version.split()),
     "driver": driver.read_text().splitlines()[0] if driver.exists() else "",
-    "kernels": {name: list(dispatch.order(f"pallas_kernels.{name}", bench.target)) for name in dispatch.OPERATIONS},
+    "kernels": {name: list(dispatch.order(name, bench.target)) for name in dispatch.OPERATIONS},
     "names": {stage: bench.names(stage) for stage in STAGES},
   }
 

@@ -102,7 +102,7 @@ def rope_write(
   rows, half = F // (K * H), H // 2
   G = rows - 2
   if H not in (64, 128):
-    raise NotImplementedError(f"mosaic's rope_write needs heads of 64 or 128; got {H}")
+    raise NotImplementedError(f"sm90's rope_write needs heads of 64 or 128; got {H}")
   # In decode token b is the last one of sequence b, and nothing is to be computed ahead.
   where = (lengths_B,) if query_starts is None else query_places(query_starts, lengths_B, T)
   sums = _SumReader(qkv, lambda scale: scale.reshape(K * rows, 2, half))
@@ -179,7 +179,7 @@ class _Row:
 
   def __init__(self, operation: str, size: int):
     if size % 128:
-      raise NotImplementedError(f"mosaic's {operation} needs rows of a multiple of 128; got {size}")
+      raise NotImplementedError(f"sm90's {operation} needs rows of a multiple of 128; got {size}")
     self.num_wgs = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
     a_thread = size // (128 * self.num_wgs)
     pieces = next(n for n in range(1, a_thread + 1) if a_thread % n == 0 and a_thread // n <= _MOST_A_THREAD)
@@ -245,7 +245,7 @@ class _SumReader:
 
 def _require_bf16(operation, dtype):
   if dtype != jnp.bfloat16:
-    raise NotImplementedError(f"mosaic's {operation} computes in bfloat16; got {jnp.dtype(dtype).name}")
+    raise NotImplementedError(f"sm90's {operation} computes in bfloat16; got {jnp.dtype(dtype).name}")
 
 
 def _static(quantize, static_scale):

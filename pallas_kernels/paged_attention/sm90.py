@@ -32,7 +32,7 @@ from jax import lax
 
 from pallas_kernels import costs
 from pallas_kernels.dispatch import Target
-from pallas_kernels.fp8_matmul.wgmma import power_of_two, shift_of, transforms
+from pallas_kernels.fp8_matmul.sm90 import power_of_two, shift_of, transforms
 from pallas_kernels.paged_attention.combine import combine
 from pallas_kernels.paged_attention.tiling import ROWS, Tiling, call_cost, choose_tiling, prefill_tiles, query_rows
 from pallas_kernels.register_layouts import row_layout
@@ -100,9 +100,9 @@ def _joined(out, log_sum, dtype):
 def _check(q_TNH, k_pages):
   H, C = q_TNH.shape[2], k_pages.shape[2]
   if k_pages.dtype == jnp.float32 or q_TNH.dtype == jnp.float32:
-    raise NotImplementedError(f"wgmma multiplies float8 and bfloat16, not {q_TNH.dtype} by {k_pages.dtype} pages")
+    raise NotImplementedError(f"sm90 multiplies float8 and bfloat16, not {q_TNH.dtype} by {k_pages.dtype} pages")
   if H not in (64, 128) or C not in (32, 64, 128):
-    raise NotImplementedError(f"wgmma needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
+    raise NotImplementedError(f"sm90 needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
 
 
 def _attend(q, k_pages, v_pages, table, lengths, ragged, scales, tiling: Tiling, dtype):

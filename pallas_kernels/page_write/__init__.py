@@ -1,1 +1,0 @@
-"""New keys, values or scales into their places in a pool of pages."""
