@@ -1,6 +1,6 @@
 """Quantizes one matrix with each granularity and compares the errors: `uv run python examples/quantize_and_compare.py`.
 
-A float8_e4m3 value has 3 bits of mantissa, so an ordinary weight is off by about 2 % whatever its scale. One large outlier makes
+A float8_e4m3 value has 3 bits of mantissa, so an ordinary weight is off by 2 % whatever its scale. One large outlier makes
 the scale of its whole row, block or matrix larger, and small weights under that scale lose bits.
 """
 
