@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-import pallas_kernels
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
 from jaxfp8.checkpoint.quantized_source import source_granularity
@@ -27,6 +26,7 @@ from jaxfp8.serving.engine import sizes_up_to
 from jaxfp8.serving.steps import Limits
 from jaxfp8.sharding import make_mesh
 from jaxfp8.text.tokenizer import Tokenizer
+from pallas_kernels import dispatch
 
 MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
 _MAX_CPU_DEVICES = 64  # they are threads, and each costs milliseconds to start
@@ -130,9 +130,8 @@ def _check_source(source: readers.Source, wishes: Wishes) -> None:
 
 
 def require_implementation(name: str) -> None:
-  """Raises InputError unless some operation has an implementation of this name."""
-  files = pathlib.Path(pallas_kernels.__file__).parent.glob("*/*.py")
-  known = ["auto", *sorted({file.stem for file in files} - {"__init__", "api"})]
+  """Raises InputError unless `name` is "auto" or the name of an implementation."""
+  known = ["auto", *dispatch.implementations()]
   if name not in known:
     raise InputError(
       f"generate: --implementation must be one of {', '.join(known)}; got {name!r}. Leave it out for the best one."
