@@ -96,7 +96,7 @@ def require_passed(outcomes: list[Outcome], device: str) -> None:
   if failed:
     raise KernelError(
       f"pallas_kernels: on this {device} the kernels do not compute what plain XLA does. {'; '.join(failed)}. Go on with "
-      '--implementation=xla (implementation="xla" in a program), and report it with the file that python -m tools.validate_gpu '
+      '--implementation=xla (implementation="xla" in a program), and report it with the file that jaxfp8 validate-gpu '
       "writes."
     )
 

@@ -1,6 +1,6 @@
 """Tile sizes that were measured on a device, which a kernel's tiling prefers to its formula.
 
-    <operation>/tuned/<device>.json, written by `python -m tools.validate_gpu --tune`:
+    <operation>/tuned/<device>.json, written by `jaxfp8 validate-gpu --tune`:
       {"device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": [9, 0], "num_sms": 132, "conditions": {...},
        "entries": [{"key": {...}, "sizes": {"stages": 6, ...}, "seconds": 9.1e-6, "formula_seconds": 1.0e-5}, ...]}
 
@@ -62,7 +62,7 @@ def refuse(operation: str, sizes: Mapping[str, int], rule: str) -> None:
   """Raises the ValueError for measured sizes that cannot be."""
   raise ValueError(
     f"{operation}: measured tile sizes need {rule}; got {json.dumps(dict(sizes))} from {folder(operation)}. "
-    "Delete the entry, or measure again with python -m tools.validate_gpu --tune."
+    "Delete the entry, or measure again with jaxfp8 validate-gpu --tune."
   )
 
 
@@ -80,7 +80,7 @@ def _read(path: pathlib.Path) -> Measured:
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"tuned: {path} does not hold measured tile sizes ({type(error).__name__}: {error}). Delete it, or measure again with "
-      "python -m tools.validate_gpu --tune."
+      "jaxfp8 validate-gpu --tune."
     ) from error
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command
 from jaxfp8.errors import InputError
 from jaxfp8.units import format_rate
 
@@ -39,12 +40,10 @@ _define(flags.DEFINE_integer, "rounds", 3, "Rounds; medians over them are report
 _define(flags.DEFINE_list, "systems", list(SYSTEMS), "Which systems, of " + ", ".join(SYSTEMS) + ".")
 _define(flags.DEFINE_string, "llama_cpp_python", None, "A Python that has xllamacpp; made with uv in --cache_dir if left out.")
 _define(flags.DEFINE_string, "transformers_python", None, "A Python with torch, transformers, accelerate and gguf; likewise.")
-_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where environments, weights and programs are kept.")
+_define(flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Where environments, weights and programs are kept.")
 
 
-def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    raise InputError(f"benchmark_peers: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
+def main() -> int:
   unknown = [system for system in FLAGS.systems if system not in SYSTEMS]
   if unknown:
     raise InputError(f"benchmark_peers: --systems must be of {', '.join(SYSTEMS)}; got {unknown[0]!r}.")
@@ -146,4 +145,4 @@ def _print(results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(Command("benchmark_peers", main, FLAGS))

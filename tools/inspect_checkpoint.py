@@ -1,6 +1,6 @@
-"""A door: `python -m tools.inspect_checkpoint` is jaxfp8/commands/inspect.py."""
+"""A door: `python -m tools.inspect_checkpoint` is `jaxfp8 inspect`, jaxfp8/commands/inspect.py."""
 
 from jaxfp8.commands import command, inspect
 
 if __name__ == "__main__":
-  command.run(inspect.main, inspect.FLAGS)
+  command.run(inspect.COMMAND)

@@ -11,7 +11,8 @@ import re
 
 from absl import flags
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command
 from jaxfp8.commands.compile_model import heading, make_table
 from jaxfp8.errors import InputError
 from jaxfp8.planning.compile_request import Question, budgets
@@ -35,11 +36,11 @@ ROWS = (  # model, device, tensor, what is not FP8
 )
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Writes the page. Raises InputError when there is no such folder or something does not compile."""
   folder = pathlib.Path(FLAGS.out)
-  if len(argv) > 1 or not folder.is_dir():
-    raise InputError(f"make_deviceless_docs: takes only flags, and --out is a folder; got {argv[1:] or FLAGS.out}.")
+  if not folder.is_dir():
+    raise InputError(f"make_deviceless_docs: --out must be a folder that exists; got {FLAGS.out!r}.")
   kept = pathlib.Path(FLAGS.results) if FLAGS.results else None
   results = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
   for row in ROWS:
@@ -110,4 +111,4 @@ def _table(records: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(Command("make_deviceless_docs", main, FLAGS))

@@ -13,7 +13,8 @@ import textwrap
 from absl import flags
 from rich.console import Console
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command
 from jaxfp8.errors import InputError
 from jaxfp8.planning.advice import Speculation
 from jaxfp8.planning.deployment import decode_times
@@ -32,11 +33,11 @@ MODEL, DEVICE = "llama-3.1-70b", "gb10"
 WIDTH = 112
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Writes the page and its two pictures. Raises InputError when there is no such folder."""
   folder = pathlib.Path(FLAGS.out)
-  if len(argv) > 1 or not folder.is_dir():
-    raise InputError(f"make_docs: takes only --out, a folder that exists; got {argv[1:] or FLAGS.out}.")
+  if not folder.is_dir():
+    raise InputError(f"make_docs: --out must be a folder that exists; got {FLAGS.out!r}.")
   (folder / f"{PAGE}.md").write_text(make_page(), encoding="utf-8")
   plot_plan(_spark(observed=3.0), str(folder / f"{PAGE}-gb10.png"))
   plot_plan(plan_deployment(MODEL, "h100", tensor=8, batches=(1, 8, 64, 256)), str(folder / f"{PAGE}-h100.png"))
@@ -145,4 +146,4 @@ def _sweep_table() -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(Command("make_docs", main, FLAGS))

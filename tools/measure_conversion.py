@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 
 from jaxfp8.checkpoint.export import config_to_hf
 from jaxfp8.checkpoint.readers import expected_tensors
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.units import format_bytes
@@ -34,9 +35,9 @@ flags.DEFINE_integer("vocab", None, "Another size of the vocabulary.", flag_valu
 flags.DEFINE_list("convert", [], "More flags for the conversion.", flag_values=FLAGS)
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the measurement. Raises InputError."""
-  if len(argv) > 1 or not FLAGS.folder or pathlib.Path(FLAGS.folder).exists():
+  if not FLAGS.folder or pathlib.Path(FLAGS.folder).exists():
     raise InputError("measure: pass --folder with a path that does not exist. Run with --help to see the flags.")
   config = dataclasses.replace(LlamaConfig.from_name(FLAGS.model), num_layers=FLAGS.layers)
   if FLAGS.vocab:
@@ -91,4 +92,4 @@ def write_source(folder: pathlib.Path, config: LlamaConfig) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(Command("measure_conversion", main, FLAGS))

@@ -19,7 +19,8 @@ import time
 import numpy as np
 from absl import flags
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import LayerFormat, Precision, Recipe
@@ -32,7 +33,7 @@ flags.DEFINE_string("worker", None, "Internal: load this checkpoint in this proc
 _LAYER_BYTES, _TABLE_BYTES = 218_112_000, 268_435_456  # of one layer of an 8B Llama in float8; of embedding and head here
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   if FLAGS.worker:
     print(json.dumps(load(FLAGS.worker, FLAGS.tensor)))
     return 0
@@ -123,4 +124,4 @@ def _read_bytes() -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(Command("measure_loading", main, FLAGS))

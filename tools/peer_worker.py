@@ -64,13 +64,13 @@ def make_transformers(model, batch, length, new_tokens):
 
 def make_jaxfp8(model, batch, length, new_tokens, *, weights, cache_dir):
   os.environ["JAX_PLATFORMS"] = "cpu"
-  from jaxfp8.commands import command as cli
+  from jaxfp8.commands import command
   from jaxfp8.model.sampling import SamplingParams
   from jaxfp8.progress import Progress
   from jaxfp8.serving import startup
   from jaxfp8.serving.engine import Engine, Request
 
-  cli.keep_compiled_programs(cache_dir)
+  command.keep_compiled_programs(cache_dir)
   opened = startup.open_model(startup.Wishes(checkpoint=model, weights=weights, cache_dir=cache_dir), Progress())
   limits = startup.limits_for(opened.model, opened.mesh, [(length, new_tokens)] * batch)
   engine = Engine(opened.model, mesh=opened.mesh, limits=limits)

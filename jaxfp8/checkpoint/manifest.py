@@ -1,12 +1,11 @@
-"""The folder of a checkpoint of jaxfp8: what lies in it, and how it comes to be there whole or not at all.
+"""jaxfp8.json, the manifest of a checkpoint of jaxfp8, and the folder that it describes. Imports no jax.
 
-    FOLDER/                 an Orbax checkpoint: {key: array}, keys and layouts as layout.py says
+    FOLDER/                 an Orbax checkpoint: {key: array}, keys and shapes as in stored_arrays.py
       jaxfp8.json           format version, config, recipe, formats, provenance, checksums, and the sizes of all other files
       tokenizer.json, chat_template.jinja
 
-It is written group by group under a temporary name beside it (checkpoint_writer.py) and renamed when everything is on the
-disk. The sizes tell a folder that lost something before Orbax stumbles over it; `tools.inspect_checkpoint --verify` compares
-the checksums.
+A folder is written under a temporary name (writer.py) and renamed when all of it is on the disk. The sizes reveal a folder that
+has lost data before Orbax stumbles over it; `jaxfp8 inspect --verify` compares the checksums.
 """
 
 import dataclasses
@@ -26,16 +25,19 @@ from jaxfp8.recipe import LayerFormat, Recipe
 FORMAT_VERSION = 2
 WRITING = ".writing-"  # in the name of a folder that is not finished
 MANIFEST, TOKENIZER, TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
-_CHUNK_BYTES = 8 << 20  # what is read at least of an array: a host reads only its part of a matrix
+_CHUNK_BYTES = 8 << 20  # the smallest part of an array that can be read: a process reads only its shards of a matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a checkpoint is.
+  """The content of jaxfp8.json, and the tokenizer beside it.
 
-  provenance: free JSON: where the numbers came from.
-  exceptions: module -> "channel" or "block128" of matrices stored as float8 whatever `formats` says (see layout.py).
-  static_scales: names of the scales of inputs, keys and values that are stored.
+  provenance: free JSON: where the weights came from.
+  exceptions: module -> "channel" or "block128" of matrices stored as float8 whatever `formats` says (see stored_arrays.py).
+  static_scales: names of the stored scales of inputs, keys and values.
+  files: bytes of every other file of the folder, by its path in it.
+  checksums: sha256 of every array by its key, and of every text file by its name.
+  text: the file as it was read; empty for a manifest that was not read from a file.
   """
 
   config: LlamaConfig
@@ -45,104 +47,109 @@ class Manifest:
   provenance: Mapping[str, Any]
   exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   static_scales: tuple[str, ...] = ()
+  files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  text: str = dataclasses.field(default="", repr=False)
 
-  def to_json(self, files: Mapping[str, int], checksums: Mapping[str, str]) -> str:
-    """`files`: bytes of each file of the folder, by its path in it. `checksums`: sha256 of each array and text file."""
-    text = self.tokenizer and {"special_tokens": self.tokenizer.special_tokens, "add_bos": self.tokenizer.add_bos}
+  def to_json(self) -> str:
+    """The text of jaxfp8.json."""
+    tokenizer = self.tokenizer and {"special_tokens": self.tokenizer.special_tokens, "add_bos": self.tokenizer.add_bos}
     data = {
       "format_version": FORMAT_VERSION,
       "config": self.config.to_dict(),
       "recipe": dataclasses.asdict(self.recipe),
       "formats": [dataclasses.asdict(layer) for layer in self.formats],
-      "tokenizer": text,
+      "tokenizer": tokenizer,
       "exceptions": dict(self.exceptions),
       "static_scales": list(self.static_scales),
       "provenance": dict(self.provenance),
-      "files": dict(files),
-      "checksums": dict(checksums),
+      "files": dict(self.files),
+      "checksums": dict(self.checksums),
     }
     return json.dumps(data | {"sha256": digest_of(data)}, indent=1)
 
 
 def digest_of(data: Mapping[str, Any]) -> str:
-  """sha256 of a manifest's content, without the entry that holds it."""
+  """sha256 of a manifest's JSON, without the entry that holds it."""
   return hashlib.sha256(json.dumps({k: v for k, v in data.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
 
 
-def read_raw(folder: str | os.PathLike) -> dict[str, Any]:
-  """The manifest as JSON. Raises InputError as `read_manifest` does."""
-  read_manifest(folder)
-  return json.loads((pathlib.Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-
-
 def is_checkpoint(folder: str | os.PathLike) -> bool:
+  """Whether the folder holds a manifest, readable or not."""
   return (pathlib.Path(folder) / MANIFEST).is_file()
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-  """Raises InputError when the folder is no checkpoint of jaxfp8, or one of a newer version."""
+  """Reads jaxfp8.json and the tokenizer, each once.
+
+  Raises InputError for a folder that is no checkpoint of jaxfp8, or one of a newer version.
+  """
   folder = pathlib.Path(folder)
-  path = folder / MANIFEST
   try:
-    data = json.loads(path.read_text(encoding="utf-8"))
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    data = json.loads(text)
     version = data["format_version"]
     if version > FORMAT_VERSION:
       raise InputError(
         f"checkpoint: {folder} has format version {version}; this jaxfp8 reads up to {FORMAT_VERSION}. Install a newer jaxfp8."
       )
-    text = data["tokenizer"]
-    template = folder / TEMPLATE
-    tokenizer = text and TokenizerFiles(
-      tokenizer_json=(folder / TOKENIZER).read_text(encoding="utf-8"),
-      chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
-      special_tokens=text["special_tokens"],
-      add_bos=text["add_bos"],
-    )
-    formats = tuple(LayerFormat(**layer) for layer in data["formats"])
     return Manifest(
       LlamaConfig.from_dict(data["config"]),
       Recipe(**data["recipe"]),
-      formats,
-      tokenizer,
+      tuple(LayerFormat(**layer) for layer in data["formats"]),
+      data["tokenizer"] and _read_tokenizer(folder, data["tokenizer"]),
       data["provenance"],
       dict(data.get("exceptions", {})),
       tuple(data.get("static_scales", ())),
+      dict(data.get("files", {})),
+      dict(data.get("checksums", {})),
+      text,
     )
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    if isinstance(error, InputError):
+      raise
     raise InputError(
       f"checkpoint: {folder} is no whole checkpoint of jaxfp8 ({type(error).__name__}: {error}). Convert it again."
     ) from error
 
 
-def check_files(folder: str | os.PathLike) -> None:
-  """Raises InputError when a file that was written is missing or has another size. Costs a look at each, whatever its size."""
-  folder = pathlib.Path(folder)
-  try:
-    files = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("files", {}))
-  except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise damaged(folder, error) from error
-  for name, size in files.items():
+def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any]) -> TokenizerFiles:
+  template = folder / TEMPLATE
+  return TokenizerFiles(
+    tokenizer_json=(folder / TOKENIZER).read_text(encoding="utf-8"),
+    chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
+    special_tokens=settings["special_tokens"],
+    add_bos=settings["add_bos"],
+  )
+
+
+def check_files(folder: pathlib.Path, manifest: Manifest) -> None:
+  """Raises InputError if a file of the manifest is missing or has another size. Reads no content."""
+  for name, expected in manifest.files.items():
     try:
-      found = (folder / name).stat().st_size
+      size = (folder / name).stat().st_size
     except OSError as error:
-      raise damaged(folder, f"{name}: {os.strerror(error.errno)}") from error
-    if found != size:
-      raise damaged(folder, f"{name} must have {size:,} bytes and has {found:,}")
+      raise damaged(folder, f"{name}: {os.strerror(error.errno or 0)}") from error
+    if size != expected:
+      raise damaged(folder, f"{name} must have {expected:,} bytes and has {size:,}")
 
 
-def damaged(folder: pathlib.Path, why: object) -> InputError:
-  sentence = str(why).split("\n", 1)[0][:300]
+def damaged(folder: pathlib.Path, reason: object) -> InputError:
+  """The error for a folder whose content is not what its manifest says."""
+  sentence = str(reason).split("\n", 1)[0][:300]
   return InputError(f"checkpoint: {folder} is damaged ({sentence}). Remove the folder and convert again.")
 
 
-def orbax():
+def orbax() -> Any:
+  """Orbax, which loads jax, imported where a checkpoint's arrays are read or written."""
   return importlib.import_module("orbax.checkpoint.experimental.v1")
 
 
-def orbax_context(ocp):
+def orbax_context(ocp: Any) -> Any:
+  """The settings with which checkpoints are read and written; use as a context manager."""
   context = ocp.Context()
-  context.array.saving.use_compression = False  # compressed, weights are written at a third of the rate
-  context.memory.deepcopy_host_arrays = False  # saving blocks, so nobody changes them meanwhile
+  context.array.saving.use_compression = False  # compression cuts the writing rate to a third
+  context.memory.deepcopy_host_arrays = False  # saving blocks, so the arrays cannot change meanwhile
   context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   context.pytree.loading.partial_load = True
   return context

@@ -1,9 +1,12 @@
-"""`python -m tools.benchmark`: how fast this machine runs a model, beside what its memory allows.
+"""Measures how fast this machine runs a model, beside the roofline of its memory.
 
-For every --weights, --batch and --prompt_tokens: prefill and decode tokens/s, time to the first token, peak memory and the
-share of the memory bandwidth that decode reaches. Each --weights runs in a process of its own, so that peak memory is its
-own. Start-up is the time of `jaxfp8.generate` to its first token with an empty cache (cold) and with a filled one (warm).
-Figures are medians over --repeats runs. The last line is one JSON list.
+    jaxfp8 benchmark
+    jaxfp8 benchmark --weights=fp8 --batch=1,8 --plot=speed.png
+
+For each of --weights, --batch and --prompt_tokens: prefill and decode tokens/s, time to the first token, peak memory, and the
+share of the memory bandwidth that decode reaches. Each of --weights runs in a process of its own, so that its peak memory is
+its own. The start-up time is that of `jaxfp8 generate` to its first token with an empty cache (cold) and with a filled cache
+(warm). Figures are medians over --repeats runs. The last line is one JSON list.
 """
 
 import dataclasses
@@ -20,7 +23,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.planning.devices import measure_cpu
 from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
@@ -30,21 +34,21 @@ from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
 FLAGS = flags.FlagValues()
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_cases = Topic("Cases", FLAGS)
+_cases(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8, Hugging Face folder or GGUF file.")
+_cases(flags.DEFINE_list, "weights", ["fp8", "bf16", "f32"], "Which weights, separated by commas.")
+_cases(flags.DEFINE_list, "batch", ["1", "8", "32"], "Sequences at once.")
+_cases(flags.DEFINE_list, "prompt_tokens", ["128", "512"], "Tokens of each prompt.")
 
+_runs = Topic("Runs", FLAGS)
+_runs(flags.DEFINE_integer, "new_tokens", 64, "Tokens generated for each sequence.")
+_runs(flags.DEFINE_integer, "repeats", 3, "Runs of each case; the medians are reported.")
+_runs(flags.DEFINE_bool, "start_up", True, "Also measure start-up, cold and warm.")
 
-_define(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8, Hugging Face folder or GGUF file.")
-_define(flags.DEFINE_list, "weights", ["fp8", "bf16", "f32"], "Which weights, separated by commas.")
-_define(flags.DEFINE_list, "batch", ["1", "8", "32"], "Sequences at once.")
-_define(flags.DEFINE_list, "prompt_tokens", ["128", "512"], "Tokens of each prompt.")
-_define(flags.DEFINE_integer, "new_tokens", 64, "Tokens generated for each sequence.")
-_define(flags.DEFINE_integer, "repeats", 3, "Runs of each case; the medians are reported.")
-_define(flags.DEFINE_bool, "start_up", True, "Also measure start-up, cold and warm.")
-_define(flags.DEFINE_string, "plot", None, "Write throughput over batch with the roofline to this png, svg or pdf.")
-_define(flags.DEFINE_bool, "json", False, "Print only the JSON list.")
-_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Keeps converted weights and programs; empty: nowhere.")
-_define(flags.DEFINE_string, "worker", None, "Internal: measure these weights in this process.")
+_execution = Topic("Output and execution", FLAGS)
+_execution(flags.DEFINE_string, "plot", None, "Write throughput over batch with the roofline to this png, svg or pdf.")
+_execution(flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Keeps converted weights and programs; empty: nowhere.")
+_execution(flags.DEFINE_string, "worker", None, "Internal: measure these weights in this process.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Result:
   jax_version: str
 
 
-def main(argv: list[str]) -> int:
-  _check(argv)
+def main() -> int:
+  _check()
   if FLAGS.worker:
     for result in _measure(FLAGS.worker):
       print(json.dumps(dataclasses.asdict(result)), flush=True)
@@ -90,9 +94,7 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _check(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise InputError(f"benchmark: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
+def _check() -> None:
   for name in ("batch", "prompt_tokens"):
     for value in FLAGS[name].value:
       if not value.isdigit() or int(value) < 1:
@@ -132,7 +134,7 @@ def _measure(weights: str):
   from jaxfp8.serving.engine import Engine, Request, Stats
   from jaxfp8.serving.run_report import find_device
 
-  cli.keep_compiled_programs(FLAGS.cache_dir)
+  command.keep_compiled_programs(FLAGS.cache_dir)
   wishes = startup.Wishes(checkpoint=FLAGS.checkpoint, weights=weights, cache_dir=FLAGS.cache_dir)
   opened = startup.open_model(wishes, Progress())
   device, config = find_device(jax.devices()[0], FLAGS.cache_dir), opened.model.config
@@ -242,5 +244,8 @@ def _plot(rows: list[dict], path: str) -> None:
   save_figure(figure, path)
 
 
+COMMAND = Command("benchmark", main, FLAGS, topics=(_cases, _runs, _execution), json_help="Print only the JSON list.")
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

@@ -1,12 +1,13 @@
-"""Static scales, and better rounded weights, from text: reads a model, writes a new checkpoint that has them.
+"""Finds static scales, and better rounded weights, from text; writes a new checkpoint that has them.
 
-    python -m tools.calibrate --output FOLDER
-    python -m tools.calibrate --checkpoint FOLDER_OR_GGUF --output FOLDER --rounding=gptq --activations=fp8
+    jaxfp8 calibrate --output=FOLDER
+    jaxfp8 calibrate --checkpoint=SOURCE --output=FOLDER --rounding=gptq
 
-Runs text through the model one layer at a time and records how large the inputs of every linear layer, and the keys and
-values of every head, become. --scales chooses what a scale represents: the largest (max), nearly the largest (percentile) or
-what has the least squared error (mse). Weights of a source that is not float8 are rounded by --rounding. The text is the part
-of CPython's pydoc_data.topics that tools.evaluate does not predict, or --text. The last line is one JSON object.
+Runs text through the model one layer at a time. Records the magnitudes of the inputs of every linear layer, and of the keys
+and values of every head. --scales chooses the magnitude that a scale represents: the largest (max), nearly the largest
+(percentile), or the one with the least squared error (mse). --rounding rounds the weights of a source that is not float8. The
+text is the part of CPython's pydoc_data.topics that `jaxfp8 evaluate` does not predict, or --text. The last line is one JSON
+object.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxfp8.commands import command as cli
-from jaxfp8.commands import evaluate
+from jaxfp8.commands import command, evaluate
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, FLOAT8_MAX, Granularity, Recipe
 
@@ -27,32 +28,30 @@ FLAGS = flags.FlagValues()
 PIPE_WIDTH = 128
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_files = Topic("Files", FLAGS)
+_files(flags.DEFINE_string, "checkpoint", None, "Hugging Face folder, GGUF file or checkpoint of jaxfp8 (default model).")
+_files(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
 
+_text = Topic("Text", FLAGS)
+_text(flags.DEFINE_string, "text", None, "UTF-8 text to calibrate on, all of it; the default is a part of pydoc_data.topics.")
+_text(flags.DEFINE_integer, "tokens", 8192, "Tokens to run, in chunks spread evenly over the text.")
+_text(flags.DEFINE_integer, "context", 256, "Tokens of a chunk.")
 
-_define(flags.DEFINE_string, "checkpoint", None, "Hugging Face folder, GGUF file or checkpoint of jaxfp8 (default model).")
-_define(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
-_define(flags.DEFINE_string, "text", None, "UTF-8 text to calibrate on, all of it; the default is a part of pydoc_data.topics.")
-_define(flags.DEFINE_integer, "tokens", 8192, "Tokens to run, in chunks spread evenly over the text.")
-_define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk.")
-_define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen a static scale represents.")
-_define(flags.DEFINE_enum, "rounding", "nearest", evaluate.ROUNDINGS, "How weights are rounded that are not float8 yet.")
-_define(
+_quantization = Topic("Quantization", FLAGS)
+_quantization(
+  flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen a static scale represents."
+)
+_quantization(flags.DEFINE_enum, "rounding", "nearest", evaluate.ROUNDINGS, "How weights are rounded that are not float8 yet.")
+_quantization(
   flags.DEFINE_enum, "granularity", None, list(Granularity), "What one weight scale covers (the source's own, or channel)."
 )
-_define(flags.DEFINE_enum, "activations", "fp8_static", ACTIVATION_PRECISIONS, "What the checkpoint is made to run in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8_static", ACTIVATION_PRECISIONS, "What its KV pages are to hold.")
-_define(flags.DEFINE_multi_string, "keep_bf16", [], "Matrices whose name this expression matches stay bf16; repeatable.")
-_define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
+_quantization(flags.DEFINE_enum, "activations", "fp8_static", ACTIVATION_PRECISIONS, "What the checkpoint is made to run in.")
+_quantization(flags.DEFINE_enum, "kv_cache", "fp8_static", ACTIVATION_PRECISIONS, "What its KV pages are to hold.")
+_quantization(flags.DEFINE_multi_string, "keep_bf16", [], "Matrices whose name this expression matches stay bf16; repeatable.")
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command. Raises InputError."""
-  if len(argv) > 1:
-    raise InputError(f"calibrate: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
-  if not FLAGS.output:
-    raise InputError("calibrate: --output must be given. Run with --help to see the flags.")
   if pathlib.Path(FLAGS.output).exists():
     raise InputError(f"calibrate: {FLAGS.output} exists already. Pass another --output, or remove it first.")
   from jaxfp8.checkpoint import convert, readers
@@ -123,5 +122,15 @@ def _print_table(lines: list[dict]) -> None:
   (Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)).print(table)
 
 
+COMMAND = Command(
+  "calibrate",
+  main,
+  FLAGS,
+  topics=(_files, _text, _quantization),
+  required=("output",),
+  json_help="Print only the JSON object.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

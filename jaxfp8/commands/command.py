@@ -1,10 +1,18 @@
-"""What every command shares: choosing the platform, parsing flags, turning mistakes into one sentence. Imports no jax.
+"""The one way to make a command: its flags, help, errors, exit codes and signals. Imports no jax.
 
-A command's module imports what needs jax inside its `main`, after `run` has looked at the flags and chosen the platform:
-a wrong flag is answered at once, and where the CUDA wheels are installed and no driver is, nobody sees JAX's traceback.
+    FLAGS = flags.FlagValues()
+    _prompts = Topic("Prompts", FLAGS)
+    _prompts(flags.DEFINE_string, "prompt", None, "Text to answer.")
+    COMMAND = Command("generate", main, FLAGS, topics=(_prompts,))
+    run(COMMAND)
+
+Every command has --help, --version and --debug, and takes `-` and `_` alike in the names of its flags. A command's module
+imports modules that load jax inside its `main`. `run` has then parsed the flags and chosen the platform: a wrong flag is
+answered at once, and a machine with the CUDA wheels but no driver shows no traceback of JAX.
 """
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import os
@@ -13,7 +21,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -22,11 +30,11 @@ from jaxfp8.errors import InputError
 DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
 INTERRUPTED, TERMINATED = 130, 143  # the exit codes of a program that Ctrl-C or SIGTERM ended
 _excepthook = sys.excepthook
-_SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # on a cleared line: what a progress bar that was cut short leaves undone
+_SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # clears the line and shows the cursor that an interrupted progress bar has hidden
 
 
 def _quiet_excepthook(kind, error, traceback) -> None:
-  """For Ctrl-C while a command's module is still being imported, before `run`."""
+  """Handles Ctrl-C while the modules of a command are still being imported, before `run`."""
   if kind is KeyboardInterrupt:
     _say("Stopped.")
   else:
@@ -36,33 +44,131 @@ def _quiet_excepthook(kind, error, traceback) -> None:
 sys.excepthook = _quiet_excepthook
 
 
-def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) -> None:
-  """Parses sys.argv into flag_values, runs main(arguments) and exits with its code.
+class Topic:
+  """A titled group of flags in --help. Calling it defines a flag, as absl's DEFINE functions do."""
 
-  InputError and unusable flags give one sentence on stderr and code 1; --debug shows the traceback.
-  Ctrl-C and SIGTERM end the process at once, and take half-written checkpoints with it.
+  def __init__(self, title: str, flag_values: flags.FlagValues):
+    self.title = title
+    self.names: list[str] = []
+    self._flag_values = flag_values
+
+  def __call__(self, define: Callable, name: str, default, *arguments, **options) -> None:
+    define(name, default, *arguments, flag_values=self._flag_values, **options)
+    self.names.append(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """One command: `main` reads `flags`, returns the exit code, and raises InputError.
+
+  positionals: names of the flags that arguments without a flag set, in this order.
+  required: names of the flags without which the command is refused.
+  preset: arguments that stand before the user's.
+  json_help: the help text of --json; empty for a command without this flag.
+  stray_advice: the last sentence of the error about an argument that no flag takes; {argument} stands for it.
   """
-  if "debug" not in flag_values:
-    flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=flag_values)
+
+  name: str
+  main: Callable[[], int | None]
+  flags: flags.FlagValues
+  topics: tuple[Topic, ...] = ()
+  positionals: tuple[str, ...] = ()
+  required: tuple[str, ...] = ()
+  preset: tuple[str, ...] = ()
+  json_help: str = ""
+  stray_advice: str = "Run with --help to see them."
+
+  def __post_init__(self):
+    if self.json_help and "json" not in self.flags:
+      flags.DEFINE_bool("json", False, self.json_help, flag_values=self.flags)
+    if "debug" not in self.flags:
+      flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=self.flags)
+
+  @property
+  def description(self) -> str:
+    """The docstring of the module that defines the command."""
+    return inspect.getdoc(inspect.getmodule(self.main)) or ""
+
+  def parse(self, arguments: Sequence[str]) -> None:
+    """Sets `flags` from the arguments. Raises InputError or flags.Error for unusable ones."""
+    self.flags([self.name, *self._as_flags([*self.preset, *arguments])])
+    for name in self.required:
+      if self.flags[name].value in (None, "", []):
+        raise InputError(f"{self.name}: --{name} must be given. Run with --help to see the flags.")
+
+  def _as_flags(self, arguments: list[str]) -> list[str]:
+    """The arguments with `_` for `-` in the names of flags, and with positional arguments as --name=value."""
+    named: list[str] = []
+    strays: list[str] = []
+    given: set[str] = set()
+    pending = iter(arguments)
+    for argument in pending:
+      if argument == "--":
+        strays += pending
+      elif not argument.startswith("-") or argument == "-":
+        strays.append(argument)
+      else:
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = self._flag_name(name)
+        given.add(name)
+        named.append(f"--{name}{equals}{value}")
+        if not self._is_known(name):
+          return named  # absl's parser refuses an unknown flag and names near ones
+        if not equals and name in self.flags and not self.flags[name].boolean:
+          named += [value for value in [next(pending, None)] if value is not None]
+    free = [name for name in self.positionals if name not in given]
+    if len(strays) > len(free):
+      raise InputError(self._stray_error(strays[len(free)]))
+    return [*named, *(f"--{name}={value}" for name, value in zip(free, strays, strict=False))]
+
+  def _flag_name(self, name: str) -> str:
+    underscored = name.replace("-", "_")
+    negative = f"no{underscored.removeprefix('no_')}"
+    return negative if underscored not in self.flags and self._is_known(negative) else underscored
+
+  def _is_known(self, name: str) -> bool:
+    positive = name.removeprefix("no")
+    return name in self.flags or (positive in self.flags and self.flags[positive].boolean)
+
+  def _stray_error(self, argument: str) -> str:
+    advice = self.stray_advice.format(argument=repr(argument))
+    if not self.positionals:
+      return f"{self.name}: every argument is a flag; got {argument!r}. {advice}"
+    places = " ".join(map(str.upper, self.positionals))
+    return f"{self.name}: takes {places}, and every other argument is a flag; got also {argument!r}. {advice}"
+
+
+def run(command: Command, arguments: Sequence[str] | None = None) -> None:
+  """Parses the arguments (default: sys.argv[1:]), runs the command and exits with its code.
+
+  InputError and unusable flags print one sentence on stderr and exit with code 1; --debug shows the traceback.
+  Ctrl-C and SIGTERM end the process at once and remove half-written checkpoints.
+  """
+  arguments = sys.argv[1:] if arguments is None else list(arguments)
   choose_platform()
   for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors=errors)
-  if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-    print(inspect.getmodule(main).__doc__, flag_values.get_help(), sep="\n")
+  if {"--help", "-h", "-help"} & set(arguments):
+    from jaxfp8.commands.command_help import format_help
+
+    print(format_help(command))
+    sys.exit(0)
+  if {"--version", "-version"} & set(arguments):
+    print_version()
     sys.exit(0)
   try:
-    arguments = flag_values(sys.argv)
-    if not flag_values.debug:
+    command.parse(arguments)
+    if not command.flags.debug:
       silence_libraries()
-    code = _run_interruptibly(main, arguments)
+    code = _run_interruptibly(command.main)
     sys.stdout.flush()
   except (InputError, flags.Error) as error:
-    if flag_values.is_parsed() and flag_values.debug:
+    if "--debug" in arguments:
       raise
     _say(_one_line(error) + ("" if isinstance(error, InputError) else ". Run with --help to see the flags."))
     code = 1
-  except BrokenPipeError:  # the reader of our output has gone
+  except BrokenPipeError:  # the process that reads this one's output has ended
     with contextlib.suppress(OSError):
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code = 1
@@ -76,17 +182,23 @@ def run(main: Callable[[list[str]], int | None], flag_values: flags.FlagValues) 
   sys.exit(code or 0)
 
 
-def _run_interruptibly(main: Callable[[list[str]], int | None], arguments: list[str]) -> int | None:
-  """Runs main in a thread of its own.
+def print_version() -> None:
+  import jaxfp8
 
-  The first thread only waits, so that it hears Ctrl-C at once. In main's thread the exception would wait for the end of a
-  compilation, and be lost where Python code is called back from C++.
+  print(f"jaxfp8 {jaxfp8.__version__}")
+
+
+def _run_interruptibly(main: Callable[[], int | None]) -> int | None:
+  """Runs main in a thread of its own and returns its exit code.
+
+  The first thread only waits, and so hears Ctrl-C at once. In main's thread the exception would wait for the end of a
+  compilation, and would be lost in Python code that C++ calls.
   """
   outcome: list[tuple[int | None, BaseException | None]] = []
 
   def call() -> None:
     try:
-      outcome.append((main(arguments), None))
+      outcome.append((main(), None))
     except BaseException as error:
       outcome.append((None, error))
 
@@ -113,9 +225,9 @@ def _stop(code: int) -> None:
   hosts = sys.modules.get("jaxfp8.distributed.processes")
   if hasattr(hosts, "announce"):
     hosts.announce("Stopped.")
-  folders = sys.modules.get("jaxfp8.checkpoint.writer")
-  if hasattr(folders, "abandon_unfinished"):
-    folders.abandon_unfinished()
+  unfinished = sys.modules.get("jaxfp8.checkpoint.unfinished")
+  if hasattr(unfinished, "abandon_unfinished"):
+    unfinished.abandon_unfinished()
   os._exit(code)
 
 

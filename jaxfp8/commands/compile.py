@@ -1,8 +1,8 @@
 """Compiles kernels, or a model's whole steps, for GPUs that are not there and prints what the programs say.
 
-    python -m tools.compile_deviceless --device h100 --kernel fp8_matmul
-    python -m tools.compile_deviceless --device h200 --json
-    python -m tools.compile_deviceless --model llama-3.1-70b --tensor 8 --batch 8 --context 4096 --prefill 2048
+    jaxfp8 compile --device h100 --kernel fp8_matmul
+    jaxfp8 compile --device h200 --json
+    jaxfp8 compile --model llama-3.1-70b --tensor 8 --prefill 2048
 
 With --model: memory, traffic beside its floor, launches and collectives a layer, CUDA graphs and the roofline of each part of a
 step, for one GPU (docs/deviceless.md says how to read it).
@@ -18,7 +18,7 @@ import re
 from absl import flags
 
 from jaxfp8.commands import compile_model
-from jaxfp8.commands.command import run
+from jaxfp8.commands.command import Command, run
 from jaxfp8.errors import InputError
 
 FLAGS = flags.FlagValues()
@@ -33,14 +33,10 @@ LATENCY_SECONDS = 700e-9
 SHOWN = r"[QH]GMMA|[QH]MMA|UTC.?MMA|UTMALDG|LDGSTS|LDL|STL|LDS\.U16|LDS\.U8"
 
 
-def main(arguments: list[str]) -> int:
-  if arguments[1:]:
-    raise InputError(f"compile_deviceless: takes flags only; got {arguments[1]!r}. Use --kernel, --case or --model.")
+def main() -> int:
   if FLAGS.model:
     if FLAGS.kernel or FLAGS.case:
-      raise InputError(
-        "compile_deviceless: --model is about whole steps; got it with --kernel or --case. Leave one of them out."
-      )
+      raise InputError("compile: --model is about whole steps; got it with --kernel or --case. Leave one of them out.")
     return compile_model.main(FLAGS)
   compile_model.check_no_model_flags(FLAGS)
   from jaxfp8.inspection.deviceless import compile_cases, kernel_target, target_config
@@ -50,16 +46,16 @@ def main(arguments: list[str]) -> int:
 
   kernels = sorted({case.kernel for case in CASES})
   if FLAGS.kernel and FLAGS.kernel not in kernels:
-    raise InputError(f"compile_deviceless: --kernel must be one of {', '.join(kernels)}; got {FLAGS.kernel!r}.")
+    raise InputError(f"compile: --kernel must be one of {', '.join(kernels)}; got {FLAGS.kernel!r}.")
   cases = [case for case in CASES if FLAGS.kernel in ("", case.kernel) and FLAGS.case in case.name]
   if not cases:
-    raise InputError(f"compile_deviceless: no case's name contains {FLAGS.case!r}. Leave --case out to see all.")
+    raise InputError(f"compile: no case's name contains {FLAGS.case!r}. Leave --case out to see all.")
   spec = load_device(FLAGS.device)
   target_config(spec)  # refuses what is no GPU
   target = kernel_target(spec)
   if not dispatch.KERNELS.get(target.capability):
     reason = dispatch.without_kernels(target.capability)
-    raise InputError(f"compile_deviceless: {spec.name}: {reason}, so nothing is compiled. Pass --device=h100.")
+    raise InputError(f"compile: {spec.name}: {reason}, so nothing is compiled. Pass --device=h100.")
   results = compile_cases(FLAGS.device, [case.name for case in cases], FLAGS.timeout)
   rows = [row for case in cases for row in describe(case, results[case.name], spec, target)]
   if FLAGS.json:
@@ -116,5 +112,8 @@ def print_table(rows: list[dict], spec) -> None:
     )
 
 
+COMMAND = Command("compile", main, FLAGS, stray_advice="Use --kernel, --case or --model.")
+
+
 if __name__ == "__main__":
-  run(main, FLAGS)
+  run(COMMAND)

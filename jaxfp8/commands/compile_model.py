@@ -1,4 +1,4 @@
-"""`tools.compile_deviceless --model`: whole steps compiled for absent GPUs, as a table or as JSON."""
+"""`jaxfp8 compile --model`: whole steps compiled for absent GPUs, as a table or as JSON."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def check_no_model_flags(flag_values: flags.FlagValues) -> None:
   """Raises InputError where a flag of whole models is given with no model."""
   stray = next((name for name in FLAG_NAMES if flag_values[name].present), None)
   if stray:
-    raise InputError(f"compile_deviceless: --{stray} is about a whole model; got it without one. Add --model=llama-3.1-70b.")
+    raise InputError(f"compile: --{stray} is about a whole model; got it without one. Add --model=llama-3.1-70b.")
 
 
 def kinds(result: dict) -> list[str]:

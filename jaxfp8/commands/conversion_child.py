@@ -13,7 +13,7 @@ import sys
 def _main(wishes: dict) -> dict:
   os.environ["JAX_PLATFORMS"] = "cpu"
   from jaxfp8.checkpoint.weights_cache import cached_checkpoint
-  from jaxfp8.commands import command as cli
+  from jaxfp8.commands import command
   from jaxfp8.errors import InputError
   from jaxfp8.mesh import MeshShape
   from jaxfp8.recipe import Recipe
@@ -25,7 +25,7 @@ def _main(wishes: dict) -> dict:
       Tokenizer(source.tokenizer)
 
   what = wishes["path"], Recipe(**wishes["recipe"]), wishes["cache_dir"]
-  cli.silence_libraries()
+  command.silence_libraries()
   try:
     return {"folder": str(cached_checkpoint(*what, check=check, own_granularity=wishes["own_granularity"]))}
   except InputError as error:

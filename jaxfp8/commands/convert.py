@@ -1,17 +1,18 @@
-"""Any Llama checkpoint in, one checkpoint of jaxfp8 out: quantized once, a matrix in memory at a time.
+"""Quantizes a Llama checkpoint once and writes it for jaxfp8, with one matrix in memory at a time.
 
-    python -m tools.convert_checkpoint --input FOLDER_OR_GGUF --output FOLDER
-    python -m tools.convert_checkpoint --input FOLDER --output FOLDER --granularity=block128 --keep_bf16=v_proj --resume
-    python -m tools.convert_checkpoint --input FOLDER --output FOLDER --keep_bf16=auto:4 --gate
+    jaxfp8 convert FOLDER_OR_GGUF OUTPUT
+    jaxfp8 convert FOLDER OUTPUT --granularity=block128 --resume
+    jaxfp8 convert FOLDER OUTPUT --keep_bf16=auto:4 --gate
 
---input is a Hugging Face folder (BF16, F16, F32, or float8 of compressed-tensors, ModelOpt, FBGEMM, AutoFP8 or DeepSeek's
-blocks), a GGUF file or a checkpoint of jaxfp8. Float8 that comes in is kept bit for bit. The output appears when it is whole;
-an interrupted conversion goes on with --resume. The last line is one JSON object.
+INPUT is a Hugging Face folder (BF16, F16, F32, or float8 of compressed-tensors, ModelOpt, FBGEMM, AutoFP8 or DeepSeek's
+blocks), a GGUF file or a checkpoint of jaxfp8. Float8 weights of the source are kept bit for bit. The output appears when it
+is complete; --resume continues an interrupted conversion. The last line is one JSON object.
 
---gate holds what was written, before the output appears, against the source's weights in float32 over --text (the default is
-CPython's pydoc_data.topics); above a limit the command fails and there is no output. --keep_bf16=auto:N measures what float8
-costs in each matrix alone, over a part of the same text. For both the whole model is in memory twice, in float32 and quantized.
---calibration_text runs a text through the model, a layer in memory at a time, for static scales of inputs, keys and values.
+--gate compares the written weights with the source's weights in float32 over --text (default: CPython's pydoc_data.topics),
+before the output appears. Above a limit the command fails and writes no output. --keep_bf16=auto:N measures the cost of float8
+in each matrix alone, over a part of the same text. Both hold the whole model in memory twice, in float32 and quantized.
+--calibration_text runs a text through the model, one layer in memory at a time, and writes static scales of inputs, keys and
+values.
 """
 
 import concurrent.futures
@@ -26,8 +27,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from jaxfp8.commands import calibrate, evaluate
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import calibrate, command, evaluate
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Granularity
 from jaxfp8.units import format_bytes, format_seconds
@@ -37,17 +38,16 @@ COST_TOKENS, COST_CONTEXT = 1024, 128  # positions that each matrix is measured 
 CALIBRATION_CONTEXT = 256
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_files = Topic("Files", FLAGS)
+_files(flags.DEFINE_string, "input", None, "Hugging Face folder, GGUF file or checkpoint of jaxfp8.")
+_files(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
 
-
-_define(flags.DEFINE_string, "input", None, "Hugging Face folder, GGUF file or checkpoint of jaxfp8.")
-_define(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
-_define(flags.DEFINE_enum, "weights", "fp8", ("fp8", "bf16"), "What the linear layers' weights become.")
-_define(
+_precision = Topic("Precision", FLAGS)
+_precision(flags.DEFINE_enum, "weights", "fp8", ("fp8", "bf16"), "What the linear layers' weights become.")
+_precision(
   flags.DEFINE_enum, "granularity", None, list(Granularity), "What one fp8 weight scale covers (the source's own, or channel)."
 )
-_define(
+_precision(
   flags.DEFINE_enum,
   "activations",
   None,
@@ -55,34 +55,38 @@ _define(
   "Inputs: scaled when run, by stored scales (the source's or --calibration_text's), or bf16 (default: static where there are "
   "such scales, else dynamic).",
 )
-_define(flags.DEFINE_string, "calibration_text", None, "UTF-8 text that static scales of inputs, keys and values come from.")
-_define(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens of it to run, in chunks spread evenly over the text.")
-_define(
+
+_calibration = Topic("Calibration", FLAGS)
+_calibration(
+  flags.DEFINE_string, "calibration_text", None, "UTF-8 text that static scales of inputs, keys and values come from."
+)
+_calibration(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens of it to run, in chunks spread evenly over the text.")
+
+_selection = Topic("Matrices in bf16", FLAGS)
+_selection(
   flags.DEFINE_multi_string,
   "keep_bf16",
   [],
   "Matrices that stay bf16: those whose name this expression matches, or the N costliest by auto:N; repeatable.",
 )
-_define(
+
+_gate_flags = Topic("Quality gate", FLAGS)
+_gate_flags(
   flags.DEFINE_bool, "gate", False, "Fail, and write nothing, above a limit. The whole model is in memory for that, twice."
 )
-_define(flags.DEFINE_float, "max_kl", 0.04, "Limit of --gate: mean KL divergence in nats.")
-_define(flags.DEFINE_float, "max_perplexity_ratio", None, "Limit of --gate: perplexity over the source's.")
-_define(flags.DEFINE_float, "min_top1", None, "Limit of --gate: share of positions with the source's best token.")
-_define(flags.DEFINE_string, "text", None, "UTF-8 text for --gate and auto:N; the default is CPython's pydoc_data.topics.")
-_define(flags.DEFINE_integer, "tokens", 4096, "Positions of it to predict, in chunks spread evenly over the text.")
-_define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
-_define(flags.DEFINE_bool, "resume", False, "Go on with an interrupted conversion, and keep what is written if this one is.")
-_define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
+_gate_flags(flags.DEFINE_float, "max_kl", 0.04, "Limit of --gate: mean KL divergence in nats.")
+_gate_flags(flags.DEFINE_float, "max_perplexity_ratio", None, "Limit of --gate: perplexity over the source's.")
+_gate_flags(flags.DEFINE_float, "min_top1", None, "Limit of --gate: share of positions with the source's best token.")
+_gate_flags(flags.DEFINE_string, "text", None, "UTF-8 text for --gate and auto:N; the default is CPython's pydoc_data.topics.")
+_gate_flags(flags.DEFINE_integer, "tokens", 4096, "Positions of it to predict, in chunks spread evenly over the text.")
+_gate_flags(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
+
+_execution = Topic("Execution", FLAGS)
+_execution(flags.DEFINE_bool, "resume", False, "Go on with an interrupted conversion, and keep what is written if this one is.")
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command. Raises InputError."""
-  if len(argv) > 1:
-    raise InputError(f"convert: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
-  for name in ("input", "output"):
-    if not FLAGS[name].value:
-      raise InputError(f"convert: --{name} must be given. Run with --help to see the flags.")
   from jaxfp8.checkpoint.open import CheckpointSource, open_any
   from jaxfp8.serving.memory import peak_bytes
 
@@ -267,5 +271,16 @@ def _few(notes: list[str]) -> list[str]:
   return notes if len(notes) <= 4 else [*notes[:3], f"and {len(notes) - 3} more like these"]
 
 
+COMMAND = Command(
+  "convert",
+  main,
+  FLAGS,
+  topics=(_files, _precision, _calibration, _selection, _gate_flags, _execution),
+  positionals=("input", "output"),
+  required=("input", "output"),
+  json_help="Print only the JSON object.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

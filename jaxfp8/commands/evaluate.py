@@ -1,14 +1,16 @@
-"""What quantization costs: perplexity, KL divergence to the source weights and top-1 agreement, recipe by recipe.
+"""Measures the cost of quantization: perplexity, KL divergence to the source weights and top-1 agreement of each recipe.
 
-    python -m tools.evaluate
-    python -m tools.evaluate --recipes=fp8-channel:fp8:fp8 --tokens=8192 --gate
-    python -m tools.evaluate --layers --plot=layers.png
+    jaxfp8 evaluate
+    jaxfp8 evaluate --recipes=fp8-channel:fp8:fp8 --tokens=8192 --gate
+    jaxfp8 evaluate --layers --plot=layers.png
 
 A recipe is weights[-granularity[-rounding]]:activations:kv, such as fp8-channel-gptq:fp8_static:fp8. Each figure has a 95 %
 confidence interval from resampling whole chunks of the text (bootstrap). The text is CPython's own pydoc_data.topics, or
---text. Static scales and roundings are calibrated on other parts of it than those that are predicted. --layers and --matrices
-quantize one layer or matrix at a time, all else in float32, and give its cost; --keep_bf16=auto:N keeps the N costliest
-matrices of every fp8 recipe in bf16. --gate exits with code 1 above limits. The last line is one JSON object.
+--text. Static scales and roundings are calibrated on parts of the text that are not predicted.
+
+--layers and --matrices quantize one layer or matrix at a time, with all others in float32, and show its cost.
+--keep_bf16=auto:N keeps the N costliest matrices of every fp8 recipe in bf16. --gate exits with code 1 above a limit. The last
+line is one JSON object.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import sys
 
 from absl import flags
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.commands.evaluate_tables import layers_title, markdown, print_tables
 from jaxfp8.errors import InputError
 from jaxfp8.plots import check_plot_path
@@ -53,44 +56,52 @@ CALIBRATION_CONTEXT = 256
 LAYER_CONTEXT = 128  # short chunks, so that few positions still give intervals
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_recipes = Topic("Model and recipes", FLAGS)
+_recipes(flags.DEFINE_string, "checkpoint", None, "Hugging Face folder or GGUF file with the source weights (default model).")
+_recipes(flags.DEFINE_list, "recipes", list(DEFAULT_RECIPES), "Recipes, each weights[-granularity]:activations:kv.")
+_recipes(flags.DEFINE_enum, "reference", "f32", REFERENCES, "What the source weights are computed in.")
 
+_text = Topic("Text", FLAGS)
+_text(flags.DEFINE_string, "text", None, "UTF-8 text to predict; the default is CPython's pydoc_data.topics.")
+_text(flags.DEFINE_integer, "tokens", 4096, "Positions to predict, in chunks spread evenly over the text.")
+_text(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
 
-_define(flags.DEFINE_string, "checkpoint", None, "Hugging Face folder or GGUF file with the source weights (default model).")
-_define(flags.DEFINE_list, "recipes", list(DEFAULT_RECIPES), "Recipes, each weights[-granularity]:activations:kv.")
-_define(flags.DEFINE_enum, "reference", "f32", REFERENCES, "What the source weights are computed in.")
-_define(flags.DEFINE_string, "text", None, "UTF-8 text to predict; the default is CPython's pydoc_data.topics.")
-_define(flags.DEFINE_integer, "tokens", 4096, "Positions to predict, in chunks spread evenly over the text.")
-_define(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
-_define(flags.DEFINE_bool, "layers", False, "Also what quantizing each single layer costs (its weights, all else f32).")
-_define(flags.DEFINE_bool, "matrices", False, "Also what quantizing each single matrix costs.")
-_define(
+_costs = Topic("Cost of single layers and matrices", FLAGS)
+_costs(flags.DEFINE_bool, "layers", False, "Also what quantizing each single layer costs (its weights, all else f32).")
+_costs(flags.DEFINE_bool, "matrices", False, "Also what quantizing each single matrix costs.")
+_costs(
   flags.DEFINE_multi_string, "keep_bf16", [], "Matrices of fp8 recipes that stay bf16: an expression or auto:N; repeatable."
 )
-_define(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens that static scales and roundings are chosen on.")
-_define(flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen static scales represent.")
-_define(flags.DEFINE_enum, "layer_granularity", "channel", list(Granularity), "Scales of --layers and --matrices.")
-_define(flags.DEFINE_integer, "layer_tokens", 1024, "Positions to predict for --layers, in chunks of at most 128.")
-_define(flags.DEFINE_string, "plot", None, "Draw the layers' cost into this png, svg or pdf; implies --layers.")
-_define(flags.DEFINE_bool, "gate", False, "Exit with code 1 if a recipe is above a limit.")
-_define(flags.DEFINE_float, "max_kl", 0.04, "Limit of --gate: mean KL divergence in nats.")
-_define(flags.DEFINE_float, "max_perplexity_ratio", None, "Limit of --gate: perplexity over the reference's.")
-_define(flags.DEFINE_float, "min_top1", None, "Limit of --gate: share of positions with the reference's best token.")
-_define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
-_define(flags.DEFINE_bool, "markdown", False, "Print the recipes as a Markdown table.")
-_define(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
-_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where compiled programs are kept; empty: nowhere.")
+
+_calibration = Topic("Calibration", FLAGS)
+_calibration(flags.DEFINE_integer, "calibration_tokens", 8192, "Tokens that static scales and roundings are chosen on.")
+_calibration(
+  flags.DEFINE_enum, "scales", "max", ("max", "percentile", "mse"), "Which of the sizes seen static scales represent."
+)
+
+_single = Topic("Sizes of --layers and --matrices", FLAGS)
+_single(flags.DEFINE_enum, "layer_granularity", "channel", list(Granularity), "Scales of --layers and --matrices.")
+_single(flags.DEFINE_integer, "layer_tokens", 1024, "Positions to predict for --layers, in chunks of at most 128.")
+_single(flags.DEFINE_string, "plot", None, "Draw the layers' cost into this png, svg or pdf; implies --layers.")
+
+_gate = Topic("Quality gate", FLAGS)
+_gate(flags.DEFINE_bool, "gate", False, "Exit with code 1 if a recipe is above a limit.")
+_gate(flags.DEFINE_float, "max_kl", 0.04, "Limit of --gate: mean KL divergence in nats.")
+_gate(flags.DEFINE_float, "max_perplexity_ratio", None, "Limit of --gate: perplexity over the reference's.")
+_gate(flags.DEFINE_float, "min_top1", None, "Limit of --gate: share of positions with the reference's best token.")
+
+_execution = Topic("Output and execution", FLAGS)
+_execution(flags.DEFINE_bool, "markdown", False, "Print the recipes as a Markdown table.")
+_execution(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_execution(flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Where compiled programs are kept; empty: nowhere.")
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command; returns 1 when --gate finds a recipe above its limits. Raises InputError."""
-  if len(argv) > 1:
-    raise InputError(f"evaluate: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
   recipes = {name: parse_recipe(name) for name in FLAGS.recipes}
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
-  cli.keep_compiled_programs(FLAGS.cache_dir)
+  command.keep_compiled_programs(FLAGS.cache_dir)
   from jaxfp8.quantization.quality_gate import Limits
 
   result = _evaluate(recipes)
@@ -269,5 +280,14 @@ def _plain(record) -> dict:
   return dataclasses.asdict(record)
 
 
+COMMAND = Command(
+  "evaluate",
+  main,
+  FLAGS,
+  topics=(_recipes, _text, _costs, _calibration, _single, _gate, _execution),
+  json_help="Print only the JSON object.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

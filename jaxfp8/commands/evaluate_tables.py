@@ -1,4 +1,4 @@
-"""How tools/evaluate shows what it found: tables for a terminal, Markdown for the README."""
+"""How `jaxfp8 evaluate` shows what it found: tables for a terminal, Markdown for the README."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""A checkpoint of jaxfp8 as a compressed-tensors FP8 folder, for vLLM and for transformers with compressed-tensors.
+"""Writes a checkpoint of jaxfp8 as a compressed-tensors FP8 folder, for vLLM and for transformers.
 
-    python -m tools.export_checkpoint --input CHECKPOINT --output FOLDER
+    jaxfp8 export CHECKPOINT OUTPUT
 
-Values and scales stay as they are, bit for bit; what is not float8 is listed in `ignore`. The last line is one JSON object.
+Values and scales stay as they are, bit for bit. The names of the matrices that are not float8 stand in `ignore`. The last line
+is one JSON object.
 """
 
 import json
@@ -10,23 +11,18 @@ import time
 
 from absl import flags
 
-from jaxfp8.commands import command as cli
-from jaxfp8.errors import InputError
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("input", None, "Checkpoint of jaxfp8.", flag_values=FLAGS)
-flags.DEFINE_string("output", None, "Folder to write; it must not exist.", flag_values=FLAGS)
-flags.DEFINE_bool("json", False, "Print only the JSON object.", flag_values=FLAGS)
+_files = Topic("Files", FLAGS)
+_files(flags.DEFINE_string, "input", None, "Checkpoint of jaxfp8.")
+_files(flags.DEFINE_string, "output", None, "Folder to write; it must not exist.")
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command. Raises InputError."""
-  if len(argv) > 1:
-    raise InputError(f"export: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
-  for name in ("input", "output"):
-    if not FLAGS[name].value:
-      raise InputError(f"export: --{name} must be given. Run with --help to see the flags.")
   import pathlib
 
   from jaxfp8.checkpoint import export
@@ -44,5 +40,16 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+COMMAND = Command(
+  "export",
+  main,
+  FLAGS,
+  topics=(_files,),
+  positionals=("input", "output"),
+  required=("input", "output"),
+  json_help="Print only the JSON object.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

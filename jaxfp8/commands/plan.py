@@ -1,9 +1,11 @@
-"""`python -m jaxfp8.plan`: will it fit, how fast can it be, and is what I see normal? Needs no GPU, no weights and no jax.
+"""Will a model fit on a GPU, how fast can it be, and is a measured speed normal? Needs no GPU, no weights and no jax.
 
-    python -m jaxfp8.plan --model llama-3.1-70b --device gb10 --observed 3.0
+    jaxfp8 plan llama-3.1-70b gb10
+    jaxfp8 plan llama-3.1-70b gb10 --observed=3.0
 
-prints memory per device, ceilings per batch with the time by part, what published systems reach, the ways out, and a
-verdict on the observed speed. Ends with code 1 and one sentence when the model does not fit or the question is wrong.
+Prints the memory of each device, the greatest speed of each batch with its time by part, the speeds that other systems
+publish, ways out when the model does not fit, and a verdict on the observed speed. Exits with code 1 and one sentence when
+the model does not fit or an argument is wrong.
 """
 
 import functools
@@ -15,7 +17,8 @@ from absl import flags
 from rich.console import Console
 
 from jaxfp8.checkpoint.readers import read_config
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
+from jaxfp8.commands.command import Command, Topic
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import round_up
@@ -35,39 +38,47 @@ PIPE_WIDTH = 120  # columns when the output is not a terminal
 FLAGS = flags.FlagValues()
 
 
-def _define(kind, *args, **kwargs) -> None:
-  kind(*args, flag_values=FLAGS, **kwargs)
+_question = Topic("Model and devices", FLAGS)
+_question(flags.DEFINE_string, "model", None, "Name in configs/models, TOML, config.json, checkpoint folder or GGUF file.")
+_question(flags.DEFINE_list, "device", [], "Name in configs/devices, a TOML of your own, or cpu; several only with --sweep.")
+_question(flags.DEFINE_integer, "count", None, "Devices in all: tensor times data.")
+_question(flags.DEFINE_integer, "tensor", None, "Devices over which one copy of the model is cut.")
+_question(flags.DEFINE_integer, "data", None, "Copies of the model.")
+
+_workload = Topic("Workload", FLAGS)
+_workload(flags.DEFINE_list, "batch", ["1", "8", "32"], "Batch sizes, over all devices.")
+_workload(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds (8192, or what the model has).")
+_workload(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
+
+_precision = Topic("Precision", FLAGS)
+_precision(flags.DEFINE_enum, "weights", "fp8", WEIGHT_PRECISIONS, "What the linear layers are stored in.")
+_precision(flags.DEFINE_enum, "granularity", "channel", list(Granularity), "What one FP8 weight scale covers.")
+_precision(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_PRECISIONS), "What the linear layers multiply in.")
+_precision(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_PRECISIONS, "What the KV cache is stored in.")
+_precision(flags.DEFINE_integer, "page_tokens", DEFAULT_PAGE_SIZE, "Tokens in a page of the KV cache: 32, 64 or 128.")
+
+_measured = Topic("Comparison with a measurement", FLAGS)
+_measured(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
+_measured(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")
+
+_speculation = Topic("Speculation", FLAGS)
+_speculation(flags.DEFINE_float, "acceptance", 0.7, "Speculation: probability that a drafted token is accepted.")
+_speculation(flags.DEFINE_integer, "draft_tokens", 4, "Speculation: tokens drafted a step.")
+
+_execution = Topic("Output and execution", FLAGS)
+_execution(flags.DEFINE_string, "plot", None, "Write the roofline and throughput against latency to this png, svg or pdf.")
+_execution(
+  flags.DEFINE_bool, "compile", False, "Take temporaries from compiled programs, not an estimate; needs the cuda extra."
+)
+_execution(flags.DEFINE_integer, "compile_timeout", 600, "Seconds that --compile may take.")
+_execution(flags.DEFINE_bool, "sweep", False, "Compare devices in one table: those in --device, or all that are known.")
+_execution(
+  flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Where --device=cpu keeps what it measured; empty: nowhere."
+)
 
 
-_define(flags.DEFINE_string, "model", None, "Name in configs/models, TOML, config.json, checkpoint folder or GGUF file.")
-_define(flags.DEFINE_list, "device", [], "Name in configs/devices, a TOML of your own, or cpu; several only with --sweep.")
-_define(flags.DEFINE_integer, "count", None, "Devices in all: tensor times data.")
-_define(flags.DEFINE_integer, "tensor", None, "Devices over which one copy of the model is cut.")
-_define(flags.DEFINE_integer, "data", None, "Copies of the model.")
-_define(flags.DEFINE_list, "batch", ["1", "8", "32"], "Batch sizes, over all devices.")
-_define(flags.DEFINE_integer, "context", None, "Tokens that every sequence holds (8192, or what the model has).")
-_define(flags.DEFINE_integer, "prompt", None, "Tokens of a prompt, for prefill and time to first token (1024).")
-_define(flags.DEFINE_enum, "weights", "fp8", WEIGHT_PRECISIONS, "What the linear layers are stored in.")
-_define(flags.DEFINE_enum, "granularity", "channel", list(Granularity), "What one FP8 weight scale covers.")
-_define(flags.DEFINE_enum, "activations", "auto", ("auto", *ACTIVATION_PRECISIONS), "What the linear layers multiply in.")
-_define(flags.DEFINE_enum, "kv_cache", "fp8", ACTIVATION_PRECISIONS, "What the KV cache is stored in.")
-_define(flags.DEFINE_integer, "page_tokens", DEFAULT_PAGE_SIZE, "Tokens in a page of the KV cache: 32, 64 or 128.")
-_define(flags.DEFINE_float, "observed", None, "Tokens a second that you measured in decode, all sequences together.")
-_define(flags.DEFINE_integer, "observed_batch", 1, "Sequences that ran together when --observed was measured.")
-_define(flags.DEFINE_float, "acceptance", 0.7, "Speculation: probability that a drafted token is accepted.")
-_define(flags.DEFINE_integer, "draft_tokens", 4, "Speculation: tokens drafted a step.")
-_define(flags.DEFINE_string, "plot", None, "Write the roofline and throughput against latency to this png, svg or pdf.")
-_define(flags.DEFINE_bool, "compile", False, "Take temporaries from compiled programs, not an estimate; needs the cuda extra.")
-_define(flags.DEFINE_integer, "compile_timeout", 600, "Seconds that --compile may take.")
-_define(flags.DEFINE_bool, "sweep", False, "Compare devices in one table: those in --device, or all that are known.")
-_define(flags.DEFINE_bool, "json", False, "Print one JSON object instead of tables.")
-_define(flags.DEFINE_string, "cache_dir", cli.DEFAULT_CACHE_DIR, "Where --device=cpu keeps what it measured; empty: nowhere.")
-
-
-def main(argv: list[str]) -> int:
+def main() -> int:
   """Runs the command; argv[0] is the program. Returns the exit code: 1 when the model does not fit. Raises InputError."""
-  if len(argv) > 1:
-    raise InputError(f"plan: every argument is a flag; got {argv[1]!r}. Run with --help to see them.")
   if not FLAGS.model:
     raise InputError("plan: --model is missing. Pass for example --model=llama-3.1-70b.")
   if FLAGS.sweep:
@@ -182,5 +193,15 @@ def _console() -> Console:
   return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
+COMMAND = Command(
+  "plan",
+  main,
+  FLAGS,
+  topics=(_question, _workload, _precision, _measured, _speculation, _execution),
+  positionals=("model", "device"),
+  json_help="Print one JSON object instead of tables.",
+)
+
+
 if __name__ == "__main__":
-  cli.run(main, FLAGS)
+  command.run(COMMAND)

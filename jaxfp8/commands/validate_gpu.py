@@ -1,6 +1,6 @@
 """Shows in ten minutes what a GPU makes of the kernels: are they right, how fast are they, which tile sizes suit it.
 
-    python -m tools.validate_gpu
+    jaxfp8 validate-gpu
 
 Compares every kernel with XLA and with float32, times them by the device's own events beside its peaks, runs prefill and decode
 of a model of random weights beside its roofline, and looks for better tile sizes, which later runs on this device use
@@ -19,7 +19,7 @@ import time
 
 from absl import flags
 
-from jaxfp8.commands.command import run
+from jaxfp8.commands.command import Command, run
 from jaxfp8.commands.gpu_validation import report as gpu_report
 from jaxfp8.errors import InputError
 
@@ -37,22 +37,20 @@ GRACE_SECONDS = 60  # for a stage whose time is over to finish what it is at
 STAGE_SECONDS = 120  # for the first stage, which starts JAX on the device
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
   if FLAGS.worker:
     from jaxfp8.commands.gpu_validation import stages as gpu_stages
 
     gpu_stages.work(**json.loads(FLAGS.worker))
     return 0
-  if arguments[1:]:
-    raise InputError(f"validate_gpu: takes flags only; got {arguments[1]!r}. Run it with --help to see them.")
   if not 0 < FLAGS.minutes < 1e6:
-    raise InputError(f"validate_gpu: --minutes must be positive; got {FLAGS.minutes:g}. Leave it out for ten.")
+    raise InputError(f"validate-gpu: --minutes must be positive; got {FLAGS.minutes:g}. Leave it out for ten.")
   if FLAGS.output and not pathlib.Path(FLAGS.output).absolute().parent.is_dir():
-    raise InputError(f"validate_gpu: the folder of --output={FLAGS.output} does not exist. Make it first.")
+    raise InputError(f"validate-gpu: the folder of --output={FLAGS.output} does not exist. Make it first.")
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not FLAGS.rehearse:
     raise InputError(
-      "validate_gpu: needs an NVIDIA GPU, and there is none here that JAX may use. Run it where one is; python -m "
-      "tools.compile_deviceless shows what can be known without."
+      "validate-gpu: needs an NVIDIA GPU, and there is none here that JAX may use. Run it where one is; jaxfp8 "
+      "compile shows what can be known without."
     )
   start = time.time()
   records = collect(start + 60 * FLAGS.minutes)
@@ -72,7 +70,7 @@ def collect(until: float) -> list[dict]:
   if device.get("failure") or (device["kind"] == "cpu" and not FLAGS.rehearse):
     reason = device.get("failure", "JAX sees only the CPU")
     raise InputError(
-      f"validate_gpu: JAX cannot use the GPU of this machine: {reason} Install the extra (jaxfp8[cuda]) and look at nvidia-smi."
+      f"validate-gpu: JAX cannot use the GPU of this machine: {reason} Install the extra (jaxfp8[cuda]) and look at nvidia-smi."
     )
   records = first
   for stage, share in SHARES.items():
@@ -118,8 +116,11 @@ def child(stage: str, names: list[str], until: float) -> tuple[dict[str, dict], 
 
 
 def say(sentence: str) -> None:
-  print(f"validate_gpu: {sentence}", file=sys.stderr)
+  print(f"validate-gpu: {sentence}", file=sys.stderr)
+
+
+COMMAND = Command("validate-gpu", main, FLAGS)
 
 
 if __name__ == "__main__":
-  run(main, FLAGS)
+  run(COMMAND)

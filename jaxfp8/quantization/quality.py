@@ -1,4 +1,4 @@
-"""How far a model's predictions are from another's, with confidence intervals: what tools/evaluate.py reports.
+"""How far a model's predictions are from another's, with confidence intervals: what `jaxfp8 evaluate` reports.
 
     cut_chunks(tokens, ..)             ->  token ids [chunks, context + 1], spread evenly over a text
     Reference(model, chunks).score(m)  ->  Scores, one number a position

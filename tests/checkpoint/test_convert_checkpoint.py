@@ -22,7 +22,7 @@ import jaxfp8
 from jaxfp8.checkpoint import convert, export, readers
 from jaxfp8.checkpoint.manifest import WRITING
 from jaxfp8.checkpoint.open import CheckpointSource
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import calibration, quality
@@ -57,7 +57,7 @@ def tool(name, *args) -> commands.Ran:
   sys.argv = [name, *map(str, args)]
   try:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      cli.run(module.main, module.FLAGS)
+      command.run(module.COMMAND)
   except SystemExit as end:
     return commands.Ran(end.code, out.getvalue(), err.getvalue())
   finally:

@@ -17,8 +17,7 @@ import termios
 import pytest
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.commands import command as cli
-from jaxfp8.commands import generate
+from jaxfp8.commands import command, generate
 from jaxfp8.serving import memory
 from tests.helpers import commands, tiny_models
 from tests.helpers.commands import CHAIN
@@ -231,7 +230,7 @@ def test_ctrl_c_at_a_terminal(chain, cache_dir):
     terminal.expect("> ")
     terminal.type("\x03")
     terminal.expect("Stopped.")
-  assert terminal.code == cli.INTERRUPTED
+  assert terminal.code == command.INTERRUPTED
   assert "Traceback" not in terminal.text
 
 

@@ -32,7 +32,7 @@ def test_without_a_gpu_it_is_one_sentence():
   command = [sys.executable, "-m", "tools.validate_gpu"]
   ran = subprocess.run(command, cwd=commands.ROOT, env=environment, capture_output=True, text=True, timeout=120)
   assert (ran.returncode, ran.stdout) == (1, "")
-  assert ran.stderr.startswith("validate_gpu: needs an NVIDIA GPU") and ran.stderr.count("\n") == 1
+  assert ran.stderr.startswith("validate-gpu: needs an NVIDIA GPU") and ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxfp8.checkpoint import weights_cache
 from jaxfp8.checkpoint.load import save
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.commands import generate as generate_command
 from jaxfp8.distributed import environment as cluster
 from jaxfp8.distributed import processes as hosts
@@ -192,7 +192,7 @@ class TestCommand:
     assert (tmp_path / "out").read_bytes().startswith(printed)
     assert printed.startswith(commands.CHAIN.encode() * 2)
     if number == signal.SIGTERM:
-      assert ran[which].code == cli.TERMINATED
+      assert ran[which].code == command.TERMINATED
       assert "process 1: Stopped." in other.err or "another process has ended" in other.err
 
 

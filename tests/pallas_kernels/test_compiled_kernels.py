@@ -139,7 +139,7 @@ def test_a_gpu_without_kernels_is_said(name):
   )
   capability = ".".join(map(str, load_device(name).compute_capability))
   said = (
-    f"compile_deviceless: {name}: there are no kernels for a GPU of compute capability {capability} yet: every operation is"
+    f"compile: {name}: there are no kernels for a GPU of compute capability {capability} yet: every operation is"
   )
   assert (ran.returncode, ran.stdout) == (1, "") and ran.stderr.startswith(said) and ran.stderr.count("\n") == 1
 

@@ -25,9 +25,10 @@ GB10_BYTES = 128_000_000_000 - 6_000_000_000 - 800_000_000 - 3_840_000_000  # le
 
 
 def _run(*args: str) -> int:
-  """The command in this process; what it prints is on capsys. Raises what cli.run turns into text."""
+  """The command in this process; what it prints is on capsys. Raises what command.run turns into text."""
   command.FLAGS.unparse_flags()
-  return command.main(command.FLAGS(["plan", *args]))
+  command.COMMAND.parse(args)
+  return command.main()
 
 
 def _json(capsys, *args: str) -> dict:
@@ -388,7 +389,7 @@ BAD = [
   ((*SPARK, "--weights=bf16", "--activations=fp8"), "fp8 activations need fp8 weights"),
   ((*SPARK, "--plot=x.jpeg"), "must end in .png, .svg, .pdf; got 'x.jpeg'"),
   ((*SPARK, "--plot=/absent/x.png"), "folder of --plot=/absent/x.png does not exist"),
-  ((*SPARK, "stray"), "every argument is a flag; got 'stray'"),
+  ((*SPARK, "stray"), "every other argument is a flag; got also 'stray'"),
   (("--model=llama-3.1-70b", "--device=cpu", "--count=2"), "cpu is this one machine"),
   (("--model=llama-3.1-70b", "--sweep", "--observed=3"), "--observed is about one device"),
   (("--model=llama-3.1-70b", "--sweep", "--plot=x.png"), "--plot is about one device"),

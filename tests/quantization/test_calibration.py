@@ -11,7 +11,7 @@ from jaxfp8.checkpoint import convert, layout, readers, static_scales
 from jaxfp8.checkpoint import load as checkpoint
 from jaxfp8.checkpoint.manifest import read_manifest
 from jaxfp8.commands import calibrate as tool
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.errors import InputError
 from jaxfp8.model import fp8
 from jaxfp8.quantization import calibration, quality, quality_gate, rounding
@@ -323,5 +323,5 @@ class TestCommand:
     tool.FLAGS.unparse_flags()
     monkeypatch.setattr("sys.argv", ["calibrate", *args])
     with pytest.raises(SystemExit) as end:
-      cli.run(tool.main, tool.FLAGS)
+      command.run(tool.COMMAND)
     return end.value.code, *capsys.readouterr()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import convert, readers
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.commands import evaluate
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import quality
@@ -148,7 +148,7 @@ class TestCommand:
       sizes = (f"--checkpoint={folder}", "--tokens=96", "--context=32", "--layer_tokens=64", "--cache_dir=")
       monkeypatch.setattr("sys.argv", ["evaluate", *sizes, *args])
       with pytest.raises(SystemExit) as end:
-        cli.run(evaluate.main, evaluate.FLAGS)
+        command.run(evaluate.COMMAND)
       return end.value.code, *capsys.readouterr()
 
     return run

@@ -8,9 +8,9 @@ import pytest
 
 RUN = """
 import json, sys
-from jaxfp8.commands import command as cli
-cli.choose_platform()
-cli.keep_compiled_programs(sys.argv[1])
+from jaxfp8.commands import command
+command.choose_platform()
+command.keep_compiled_programs(sys.argv[1])
 import jax
 if sys.argv[2] == "jax":
   jax.config.update("jax_enable_compilation_cache", True)

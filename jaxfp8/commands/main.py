@@ -1,0 +1,65 @@
+"""`jaxfp8 COMMAND`: the names of the commands, each with its module. A command's module is imported only when it is called."""
+
+import difflib
+import importlib
+import sys
+
+from jaxfp8.commands import command
+
+# Name: (module in jaxfp8.commands, one line for `jaxfp8 --help`).
+COMMANDS = {
+  "generate": ("generate", "Answer prompts."),
+  "chat": ("chat", "Talk with a model in the terminal."),
+  "plan": ("plan", "Will a model fit on a GPU, and how fast can it be?"),
+  "convert": ("convert", "Quantize a checkpoint once and write it for jaxfp8."),
+  "inspect": ("inspect", "Show the content of a checkpoint of jaxfp8."),
+  "export": ("export", "Write a checkpoint for vLLM and transformers."),
+  "calibrate": ("calibrate", "Find static scales from text and write them."),
+  "evaluate": ("evaluate", "Measure the loss of quality by quantization."),
+  "benchmark": ("benchmark", "Measure the speed of this machine."),
+  "compile": ("compile", "Compile kernels or a model for an absent GPU."),
+  "validate-gpu": ("validate_gpu", "Check and tune the kernels on the GPU that is here."),
+  "env": ("env", "Show versions and hardware for a bug report."),
+}
+_HINT = "Run `jaxfp8 --help` for the list of commands."
+
+
+def main() -> None:
+  """Runs the command that the first argument names, and exits with its code."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  if name in ("--help", "-h", "-help", "help"):
+    print(help_text())
+    sys.exit(0)
+  if name in ("--version", "-version"):
+    command.print_version()
+    sys.exit(0)
+  name = name.replace("_", "-")
+  if name not in COMMANDS:
+    print(_unknown(name), file=sys.stderr)
+    sys.exit(1)
+  module = importlib.import_module(f"jaxfp8.commands.{COMMANDS[name][0]}")
+  command.run(module.COMMAND, arguments)
+
+
+def help_text() -> str:
+  width = max(map(len, COMMANDS)) + 2
+  lines = [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
+  return "\n".join(
+    [
+      "Usage: jaxfp8 COMMAND [arguments] [flags]",
+      "",
+      "Llama in float8, in pure JAX.",
+      "",
+      *lines,
+      "",
+      "Run `jaxfp8 COMMAND --help` for the flags of a command.",
+    ]
+  )
+
+
+def _unknown(name: str) -> str:
+  near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5) or [
+    known for known in COMMANDS if known.startswith(name[:2])
+  ]
+  suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
+  return f"jaxfp8: there is no command {name!r}.{suggestion} {_HINT}"
