@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works where nothing of this checkout is."""
+"""The wheel: its files, and that it works without this checkout."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-  """The interpreter of a clean environment with the wheel, and with links to the packages that it depends on."""
+  """The interpreter of a clean environment with the wheel, and with links to the packages that the wheel needs."""
   folder = tmp_path_factory.mktemp("clean")
   venv.create(folder / "env", symlinks=True, with_pip=False)
   interpreter = folder / "env" / "bin" / "python"
@@ -74,9 +74,13 @@ def test_wheel_holds_both_packages_and_the_configs_and_nothing_else(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   held = {name for name in names if ".dist-info/" not in name}
   assert held == {*_tree("jaxfp8"), *_tree("pallas_kernels"), *(f"jaxfp8/{name}" for name in _tree("configs"))}
-  assert len(names - held) == len({"METADATA", "WHEEL", "RECORD"})
+  about = {name.split(".dist-info/")[1] for name in names - held}
+  assert about == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
   for needed in (
     "jaxfp8/generate.py",
+    "jaxfp8/py.typed",
+    "pallas_kernels/py.typed",
+    "jaxfp8/commands/validate_gpu.py",
     "jaxfp8/text/chat_template_child.py",
     "jaxfp8/checkpoint/readers/gguf_file.py",
     "pallas_kernels/dispatch.py",
@@ -91,10 +95,10 @@ def _tree(folder):
 
 
 def test_measured_tile_sizes_would_be_in_it(wheel, tmp_path):
-  """None are shipped yet: a copy of this checkout with one builds a wheel that has it."""
+  """The package ships none yet. The wheel of a copy of this checkout with such a file has the file."""
   for name in ("jaxfp8", "pallas_kernels", "configs"):
     shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-  for name in ("pyproject.toml", "README.md"):
+  for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, tmp_path)
   (tmp_path / "pallas_kernels" / "fp8_matmul" / "tuned").mkdir(exist_ok=True)
   (tmp_path / "pallas_kernels" / "fp8_matmul" / "tuned" / "nvidia-x.json").write_text("{}")
@@ -112,7 +116,7 @@ def test_its_metadata(wheel):
   requirements = re.findall(r"^Requires-Dist: (.*)$", metadata, re.M)
   assert "jax==0.12.0.1" in requirements and "jaxlib==0.12.0.1" in requirements
   assert not any("smollm2" in requirement for requirement in requirements)
-  assert "Requires-Python: >=3.12" in metadata
+  assert "Requires-Python: >=3.12" in metadata and "License-Expression: Apache-2.0" in metadata
 
 
 SCRIPT = """
@@ -134,6 +138,12 @@ def test_configs_are_found_by_name(run, python):
   value = json.loads(ran.stdout)
   assert all(home.startswith(str(python.parent.parent)) for home in value["homes"]), value["homes"]
   assert value["layers"] == 32 and len(value["devices"]) >= 12
+
+
+def test_the_script_runs_the_planner(python, tmp_path):
+  command = [python.parent / "jaxfp8", "plan", "llama-3.1-70b", "gb10"]
+  ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+  assert ran.returncode == 0 and "tok/s" in ran.stdout, ran.stderr
 
 
 def test_planner(run):
