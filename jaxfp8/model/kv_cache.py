@@ -1,7 +1,7 @@
 """`KVCache`: keys and values of all layers in one pool of pages, as a functional record.
 
-The pool is an argument and a result. Inside a step it is flattened (free) to [L * P, ...], and layer l adds l * P to its page
-table: slicing a layer's pool out would copy it. Refuses to know which sequence owns which page (see pages.py).
+The pool is an argument and a result of every step. Inside a step it is flattened (free) to [L * P, ...], and layer l adds l * P
+to its page table: a slice of one layer's pool would be a copy. Refuses to know which sequence owns which page (pages.py).
 """
 
 import flax.struct
@@ -17,7 +17,7 @@ from jaxfp8.sharding import DATA, KV
 
 @flax.struct.dataclass
 class KVCache:
-  """The pool. With float8 pages, k_scale and v_scale hold one float32 per token and head; else they are None.
+  """The pool. With float8 pages, k_scale and v_scale hold one float32 per token and head; otherwise they are None.
 
   k_pages: [L, P, K, C, H]; v_pages: [L, P, K, H, C], since FP8 tensor cores want V with tokens last.
   k_scale, v_scale: float32 [L, P, K, C] or None.
@@ -30,7 +30,10 @@ class KVCache:
 
   @classmethod
   def abstract(cls, config: LlamaConfig, num_pages: int, dtype: str = "bf16", page_size: int = DEFAULT_PAGE_SIZE) -> "KVCache":
-    """Shapes and dtypes only. `dtype` is one of a Recipe's `kv`. Raises InputError for another page size or dtype."""
+    """Shapes and dtypes only.
+
+    num_pages: P. dtype: a value of a Recipe's `kv`. page_size: C, one of PAGE_SIZES. Raises InputError for other values.
+    """
     if page_size not in PAGE_SIZES:
       raise InputError(f"cache: page_size must be one of {PAGE_SIZES}; got {page_size}.")
     if dtype not in tuple(Precision):
@@ -49,7 +52,7 @@ class KVCache:
 
   @classmethod
   def init(cls, config: LlamaConfig, num_pages: int, dtype: str = "bf16", page_size: int = DEFAULT_PAGE_SIZE) -> "KVCache":
-    """An empty pool on the default device."""
+    """A pool of zeros on the default device. Arguments and errors are those of `abstract`."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cls.abstract(config, num_pages, dtype, page_size))
 
   @property
@@ -59,37 +62,39 @@ class KVCache:
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all arrays of the pool."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
   def specs(self) -> "KVCache":
-    """How the pool is cut over the mesh: pages over data, KV heads over kv."""
+    """The PartitionSpec of each array: pages are cut over data, KV heads over kv."""
     return jax.tree.map(lambda leaf: PartitionSpec(None, DATA, KV), self)
 
   def check(self, config: LlamaConfig, num_kv_heads: int) -> None:
-    """Raises InputError, naming the axis and both sizes, unless this is a pool for that model (K as one device holds it)."""
+    """Raises InputError, naming the axis and both sizes, unless the pool fits the model. num_kv_heads: K on one device."""
     way_out = "Make it with KVCache.init(model.config, ..)."
     for name, letters in (("k_pages", "LPKCH"), ("v_pages", "LPKHC")):
       shape = getattr(self, name).shape
       if len(shape) != len(letters):
         raise InputError(f"KVCache: {name} must be [{', '.join(letters)}]; got {tuple(shape)}. {way_out}")
-      for axis, wanted in (("L", config.num_layers), ("K", num_kv_heads), ("H", config.head_dim)):
+      for axis, expected in (("L", config.num_layers), ("K", num_kv_heads), ("H", config.head_dim)):
         size = shape[letters.index(axis)]
-        if size != wanted:
-          raise InputError(f"KVCache: {name} must have {axis} = {wanted} for this model; got {axis} = {size}. {way_out}")
+        if size != expected:
+          raise InputError(f"KVCache: {name} must have {axis} = {expected} for this model; got {axis} = {size}. {way_out}")
 
   def flatten(self) -> "KVCache":
     """[L, P, ...] -> [L * P, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self)
 
   def unflatten(self, num_layers: int) -> "KVCache":
+    """[L * P, ...] -> [L, P, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(num_layers, -1, *leaf.shape[1:]), self)
 
   @property
   def pools(self) -> tuple[jax.Array, ...]:
-    """The arrays that there are, in order."""
+    """(k_pages, v_pages), followed by (k_scale, v_scale) for float8 pages."""
     return tuple(pool for pool in (self.k_pages, self.v_pages, self.k_scale, self.v_scale) if pool is not None)
 
   @classmethod
   def of(cls, pools: tuple[jax.Array, ...]) -> "KVCache":
-    """The cache whose `pools` these are."""
+    """The cache with these arrays; the inverse of `pools`."""
     return cls(*pools, *(None,) * (4 - len(pools)))

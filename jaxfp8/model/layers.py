@@ -1,7 +1,8 @@
 """The parts of a Llama as Flax NNX modules: `Linear`, `RMSNorm`, `Attention`, `Mlp`, `DecoderLayer`.
 
-They own weights and nothing else. `LayerBuilder` declares those weights: merged, padded and replicated for a mesh, each with
-how it is cut. `StepContext` is what every layer of a step shares. Refuses to know how layers are stacked and run (model.py).
+Modules own weights and nothing else. `LayerBuilder` declares those weights: merged, padded and replicated for a mesh, each with
+its partition. `StepContext` holds the arrays that all layers of a step share. Every stage runs in a `jax.named_scope`, so that
+profiles show attention.qkv, mlp.down and so on. Refuses to know how layers are stacked and run (llama.py).
 """
 
 import dataclasses
@@ -23,12 +24,17 @@ from jaxfp8.model.fp8 import QArray, quantize_tokens
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, Precision, Recipe
 from jaxfp8.sharding import TENSOR, Axes, concatenate_over, scatter_over, sum_over
-from pallas_kernels import Quantized, Sums
+from pallas_kernels import PartialSums, Quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-  """Everything static about a run that is no size: mesh axes, kernels, activations."""
+  """The static choices of a run that are no sizes.
+
+  axes: mesh axes that partial results are summed over; None without a mesh.
+  implementation, target: which kernels, and for which device (see pallas_kernels).
+  activations: the format of the inputs of linear layers. stream: that of the residual stream, embedding and head.
+  """
 
   axes: Axes = None
   implementation: str = "auto"
@@ -42,7 +48,7 @@ class Runtime:
 
   @property
   def kernels(self) -> dict[str, Any]:
-    """How every operation of pallas_kernels is to be called."""
+    """The keyword arguments that every operation of pallas_kernels takes."""
     return {"implementation": self.implementation, "target": self.target}
 
 
@@ -56,16 +62,16 @@ class Linear(nnx.Module):
 
   @property
   def static_scale(self) -> jax.Array | None:
-    """The stored scale of its float8 inputs, float32 []; None where each token has its own."""
+    """The stored scale of its float8 inputs, float32 []; None if each token has its own."""
     return None if self.input_scale is None else self.input_scale.get_value()
 
   @property
   def quantizes(self) -> bool:
-    """Whether it multiplies with float8 activations."""
+    """Whether the layer multiplies float8 activations."""
     return self.runtime.activations == Precision.FP8 and isinstance(self.weight.get_value(), QArray)
 
-  def sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> Sums:
-    """The product as it leaves its kernel, with F... flattened, for an operation that finishes it."""
+  def partial_sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> PartialSums:
+    """The product as the kernel leaves it, with F... flattened, for an operation that sums and scales it."""
     weight, x_scale, scale = self.weight.get_value(), None, None
     if self.quantizes and not isinstance(x_TD, Quantized):
       x_TD = quantize_tokens(x_TD, self.static_scale)
@@ -84,26 +90,29 @@ class Linear(nnx.Module):
     )
 
   def __call__(self, x_TD: jax.Array | Quantized, out_dtype=None) -> jax.Array:
+    """[T, F...] in `out_dtype`, by default that of the residual stream."""
     weight = self.weight.get_value()
-    y = self.sums(x_TD, out_dtype).finish(out_dtype or self.runtime.stream_dtype)
+    y = self.partial_sums(x_TD, out_dtype).finish(out_dtype or self.runtime.stream_dtype)
     return y.reshape(y.shape[0], *weight.shape[:-1])
 
 
 class RMSNorm(nnx.Module):
-  """The residual stream with a sublayer's result added, and its RMSNorm for `reader`, the linear that takes it."""
+  """Adds a sublayer's result to the residual stream and normalizes the sum for `reader`, the linear that takes it."""
 
   def __init__(self, shape: tuple[int, ...], eps: float, runtime: Runtime):
     self.weight = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), partition=PartitionSpec())
     self.eps, self.runtime = eps, runtime
 
   def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear) -> tuple[jax.Array, jax.Array | Quantized]:
+    """(x + y, its norm), both [T, D]; the norm is `Quantized` if the reader multiplies float8 activations."""
     weight_D = self.weight.get_value()
-    how = {"quantize": reader.quantizes, "static_scale": reader.static_scale}
-    return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, **how, **self.runtime.kernels)
+    rounding = {"quantize": reader.quantizes, "static_scale": reader.static_scale}
+    with jax.named_scope("norm"):
+      return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, **rounding, **self.runtime.kernels)
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention. qkv is [J, G + 2, H, D]: for each KV head its G query heads, its key and its value."""
+  """Grouped-query attention. qkv is [K, G + 2, H, D]: for each KV head its G query heads, its key and its value."""
 
   def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
     self.qkv = build.linear(layer_format.qkv, build.qkv_shape, PartitionSpec(None, TENSOR))
@@ -113,36 +122,44 @@ class Attention(nnx.Module):
 
   @property
   def static_scales(self) -> tuple[jax.Array, jax.Array] | None:
-    """The stored scales of float8 keys and values, float32 [K] each; None where each token has its own."""
-    return None if self.k_scale is None else (self.k_scale.get_value(), self.v_scale.get_value())
+    """The stored scales of float8 keys and values, float32 [K] each; None if each token has its own."""
+    if self.k_scale is None or self.v_scale is None:
+      return None
+    return self.k_scale.get_value(), self.v_scale.get_value()
 
   def __call__(self, x_TD: jax.Array | Quantized, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
-    where = {"first_page": context.first_page, **self.runtime.kernels}
-    table = context.page_table_BM, context.query_starts, context.lengths_B
-    q_TNH, pages = pallas_kernels.rope_write(
-      self.qkv.sums(x_TD),
-      context.cos_TH,
-      context.sin_TH,
-      pool.pools,
-      *table,
-      static_scales=self.static_scales,
-      dtype=self.runtime.stream_dtype,
-      **where,
-    )
+    """(the attention's part of the residual stream [T, D], the pool with the keys and values of these tokens)."""
+    kernels = {"first_page": context.first_page, **self.runtime.kernels}
+    pages_of_tokens = context.page_table_BM, context.query_starts, context.lengths_B
+    with jax.named_scope("attention.qkv"):
+      qkv = self.qkv.partial_sums(x_TD)
+    with jax.named_scope("attention.rope"):
+      q_TNH, pages = pallas_kernels.rope_write(
+        qkv,
+        context.cos_TH,
+        context.sin_TH,
+        pool.pools,
+        *pages_of_tokens,
+        static_scales=self.static_scales,
+        dtype=self.runtime.stream_dtype,
+        **kernels,
+      )
     pool = KVCache.of(pages)
-    out = pallas_kernels.paged_attention(
-      q_TNH,
-      pool.k_pages,
-      pool.v_pages,
-      *table,
-      k_scale=pool.k_scale,
-      v_scale=pool.v_scale,
-      quantize=self.o.quantizes,
-      static_scale=self.o.static_scale,
-      **where,
-    )
-    out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)
-    return context.reduce(self.o(out), self.runtime.axes), pool
+    with jax.named_scope("attention.pages"):
+      out = pallas_kernels.paged_attention(
+        q_TNH,
+        pool.k_pages,
+        pool.v_pages,
+        *pages_of_tokens,
+        k_scale=pool.k_scale,
+        v_scale=pool.v_scale,
+        quantize=self.o.quantizes,
+        static_scale=self.o.static_scale,
+        **kernels,
+      )
+    with jax.named_scope("attention.o"):
+      out = out if isinstance(out, Quantized) else out.reshape(out.shape[0], -1)
+      return context.reduce(self.o(out), self.runtime.axes), pool
 
 
 class Mlp(nnx.Module):
@@ -154,17 +171,18 @@ class Mlp(nnx.Module):
     self.runtime = build.runtime
 
   def __call__(self, x_TD: jax.Array | Quantized, context: "StepContext") -> jax.Array:
-    how = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
-    hidden = pallas_kernels.silu_multiply(self.gate_up.sums(x_TD), **how, **self.runtime.kernels)
-    return context.reduce(self.down(hidden), self.runtime.axes)
+    """The MLP's part of the residual stream, [T, D]."""
+    rounding = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
+    with jax.named_scope("mlp.gate_up"):
+      gate_up = self.gate_up.partial_sums(x_TD)
+    with jax.named_scope("mlp.silu"):
+      hidden = pallas_kernels.silu_multiply(gate_up, **rounding, **self.runtime.kernels)
+    with jax.named_scope("mlp.down"):
+      return context.reduce(self.down(hidden), self.runtime.axes)
 
 
 class DecoderLayer(nnx.Module):
-  """One layer, or a stack of equal ones: every weight has a leading layer axis until the scan takes it off.
-
-  y_TD is what the layer before has still to add to the residual stream x_TD, so that the sum, the norm and the rounding to
-  float8 are one operation.
-  """
+  """One layer, or a stack of equal ones: every weight has a leading layer axis until the scan takes it off."""
 
   def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
     norm = (build.num_layers, build.config.d_model), build.config.rms_norm_eps, build.runtime
@@ -176,15 +194,20 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: "StepContext"
   ) -> tuple[jax.Array, jax.Array, KVCache]:
+    """(x, y, pool) after this layer: the residual stream is x + y, both [T, D].
+
+    y is the result of the last sublayer. The next norm adds it, so that the sum, the norm and the rounding to float8 are one
+    operation.
+    """
     x_TD, normed = self.attention_norm(x_TD, y_TD, self.attention.qkv)
-    y_TD, pool = self.attention(context.whole(normed), pool, context)
+    y_TD, pool = self.attention(context.gather_rows(normed), pool, context)
     x_TD, normed = self.mlp_norm(x_TD, y_TD, self.mlp.gate_up)
-    return x_TD, self.mlp(context.whole(normed), context), pool
+    return x_TD, self.mlp(context.gather_rows(normed), context), pool
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerBuilder:
-  """Declares weights: merged, padded and replicated shapes for a mesh, with how each is cut."""
+  """Declares weights: merged, padded and replicated shapes for a mesh, with their partitions."""
 
   config: LlamaConfig
   recipe: Recipe
@@ -200,36 +223,40 @@ class LayerBuilder:
     return Padded.of(self.config, self.recipe, self.shape)
 
   @property
-  def qkv_shape(self):
+  def qkv_shape(self) -> tuple[int, ...]:
     c, group = self.config, self.shape.group
     return (self.num_layers, c.num_kv_heads * group, c.group_size // group + 2, c.head_dim, c.d_model)
 
   @property
-  def o_shape(self):
+  def o_shape(self) -> tuple[int, ...]:
     return (self.num_layers, self.config.d_model, self.config.num_heads * self.config.head_dim)
 
   @property
   def o_run(self) -> int:
-    """Columns of o that stay together: a device's query heads, or those of one KV head where it has several (layout.py)."""
+    """Columns of o that stay together: a device's query heads, or those of one KV head if it has several (layout.py)."""
     c, mesh = self.config, self.shape
     heads = c.num_heads // mesh.tensor if mesh.group == 1 else c.group_size // mesh.group
     return heads * c.head_dim
 
   @property
-  def gate_up_shape(self):
+  def gate_up_shape(self) -> tuple[int, ...]:
     return (self.num_layers, 2, self.padded.d_ff, self.config.d_model)
 
   @property
-  def down_shape(self):
+  def down_shape(self) -> tuple[int, ...]:
     return (self.num_layers, self.config.d_model, self.padded.d_ff)
 
   def linear(self, precision: Precision, shape: tuple[int, ...], partition: PartitionSpec, run: int | None = None) -> Linear:
-    """`run`: how many input columns stay together when they are cut; None: all that a device has."""
+    """A linear layer with abstract weights [L, ..., D].
+
+    run: the number of neighbouring input columns that stay together when columns are cut; None: all that a device has.
+    Raises InputError if a cut would go through a block of 128 columns that has one scale.
+    """
     value = jax.ShapeDtypeStruct(shape, precision.dtype)
     if precision != Precision.FP8:
       return Linear(value, partition, self.runtime)
     if self.recipe.granularity is Granularity.BLOCK128:
-      # Blocks of 128 rows, repeated to what divides the rows: a head or a model may be narrower than whole blocks.
+      # Blocks of 128 rows, repeated for fewer rows each: a head or a model may be narrower than whole blocks.
       unit = math.gcd(BLOCK, shape[-2])
       scale_shape = (*shape[:-2], shape[-2] // unit, self._block_columns(shape, partition, run))
       scale_partition = partition
@@ -240,12 +267,13 @@ class LayerBuilder:
     return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime, input_scale)
 
   def kv_scale(self) -> nnx.Param | None:
-    """A stored scale for each KV head, where the recipe has them."""
+    """A stored scale for each KV head; None if the recipe has none."""
     if not self.recipe.kv.is_static:
       return None
     return nnx.Param(jax.ShapeDtypeStruct(self.qkv_shape[:2], jnp.float32), partition=PartitionSpec(None, TENSOR))
 
-  def _block_columns(self, shape, partition, run: int | None) -> int:
+  def _block_columns(self, shape: tuple[int, ...], partition: PartitionSpec, run: int | None) -> int:
+    """Blocks along the input columns."""
     cut = len(partition) == len(shape) and self.shape.tensor > 1
     run = run or shape[-1] // self.shape.tensor
     if cut and run % BLOCK:
@@ -258,37 +286,38 @@ class LayerBuilder:
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
-  """What every layer of a step shares: which pages its tokens use, and their rotary angles."""
+  """The arrays that all layers of a step share: the pages of its tokens, and their rotary angles.
+
+  row_axes: mesh axes that the rows of the residual stream are cut over (llama.py); None if each device has all rows.
+  first_page: of the layer that runs, in the flattened pool of all layers.
+  """
 
   page_table_BM: jax.Array
   query_starts: jax.Array | None
   lengths_B: jax.Array
   cos_TH: jax.Array  # [T, H / 2]
   sin_TH: jax.Array
-  row_axes: Axes = None  # mesh axes over which the rows of the residual stream are cut (model.py)
-  first_page: jax.Array | int = 0  # of the layer at hand, in the pool of all layers
+  row_axes: Axes = None
+  first_page: jax.Array | int = 0
 
   @classmethod
   def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig, row_axes: Axes = None) -> "StepContext":
-    _, position_T = batch.places()
-    angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
-    return cls(
-      batch.page_table_BM,
-      batch.query_starts,
-      batch.lengths_B,
-      jnp.cos(angles),
-      jnp.sin(angles),
-      row_axes,
-    )
+    with jax.named_scope("rope_angles"):
+      _, position_T = batch.token_positions()
+      angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
+      cos_TH, sin_TH = jnp.cos(angles), jnp.sin(angles)
+    return cls(batch.page_table_BM, batch.query_starts, batch.lengths_B, cos_TH, sin_TH, row_axes)
 
   def reduce(self, y_TD: jax.Array, axes: Axes) -> jax.Array:
-    """The sum over devices of what each adds to the residual stream: all rows of it, or this device's."""
-    return sum_over(y_TD, axes) if self.row_axes is None else scatter_over(y_TD, self.row_axes)
+    """The sum over `axes` of the devices' parts of the residual stream: all rows, or only this device's (row_axes)."""
+    with jax.named_scope("reduce"):
+      return sum_over(y_TD, axes) if self.row_axes is None else scatter_over(y_TD, self.row_axes)
 
-  def whole(self, normed):
-    """All rows of what a norm gave, in float8 already where linears read that."""
-    return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
+  def gather_rows[T: jax.Array | Quantized](self, normed: T) -> T:
+    """All-gathers the normed activations over `row_axes`; they are already float8 if the next linear reads float8."""
+    with jax.named_scope("gather"):
+      return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
 
   def at_page(self, first_page: jax.Array) -> "StepContext":
-    """The same for the layer whose pages in the flattened pool begin there."""
+    """The context of the layer whose pages begin at `first_page` in the flattened pool."""
     return dataclasses.replace(self, first_page=first_page)

@@ -5,7 +5,7 @@
     logits_TV = model.logits(hidden_TD)
 
 Layers are stacked: every weight of a segment (a maximal run of layers with equal formats) is one array with a leading
-layer axis, and `lax.scan` runs the segment. Its collectives are those of dims.py, identities with no mesh.
+layer axis, and a scan runs the segment. The collectives are those of sharding.py, identities with no mesh.
 Refuses to know: where weights come from, how steps are compiled, how tokens are chosen.
 """
 
@@ -25,21 +25,22 @@ from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime, StepContext
 from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.sharding import TENSOR, Axes, index_over
-from pallas_kernels import costs
-from pallas_kernels.float8_bytes import loop_views
+from pallas_kernels import float8_bytes
 
-_CUT_ROWS_FROM = 512  # tokens
+_MIN_CUT_ROWS = 512  # tokens of a prefill whose rows are cut over devices
 
 
 class Llama(nnx.Module):
   """A Llama of `ShapeDtypeStruct`s; `load`, `random_weights` or the user's own code fills it.
 
   Args:
-    recipe: which numbers it runs in.
-    formats: one LayerFormat a layer, where a checkpoint mixes dtypes; None means the recipe's weights everywhere.
-    shape: the mesh that sizes are padded and KV heads replicated for.
-    axes: mesh axes that a step under shard_map sums over; None for a model with no mesh.
-    implementation, target: which kernels (see pallas_kernels); gradients need implementation="reference".
+    recipe: the number formats; None is `Recipe()`.
+    formats: one LayerFormat for each layer, if a checkpoint mixes formats; None: the recipe's weights in every layer.
+    shape: the mesh for which sizes are padded and KV heads replicated; None is one device.
+    axes: mesh axes that a step under shard_map sums over; None without a mesh.
+    implementation, target: which kernels, and for which device (see pallas_kernels); gradients need "reference".
+
+  Raises InputError if the number of formats is not that of the layers, or the mesh would cut a block of scales.
   """
 
   def __init__(
@@ -84,48 +85,47 @@ class Llama(nnx.Module):
     return list(itertools.chain.from_iterable(specs))
 
   def __call__(self, batch: PrefillBatch | DecodeBatch, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Runs the batch's tokens; returns (hidden [T, D] after the last norm, the cache with their keys and values).
+    """Runs the batch's tokens. Returns (hidden [T, D] after the last norm, the cache with the tokens' keys and values).
 
-    Raises InputError for a batch whose arrays do not fit together and for another model's cache.
+    Raises InputError for a batch with arrays that do not fit together, and for another model's cache.
     """
     batch.check()
     cache.check(self.config, self.config.num_kv_heads // (1 if self.runtime.axes is None else self.shape.kv))
     num_pages = cache.k_pages.shape[1]
     batch = batch.checked(num_pages, cache.page_size)
     context = StepContext.of(batch, self.config, self.row_axes(batch))
-    x, pool, layer = context.reduce(self.own_rows(batch.tokens_T), self.runtime.axes), cache.flatten(), 0
-    y = jnp.zeros_like(x)  # what the last sublayer has still to add
-    pack, unpack = loop_views(self.runtime.target)
-    for segment in self.segments:
+    with jax.named_scope("embedding"):
+      x = context.reduce(self.embed(batch.tokens_T), self.runtime.axes)
+    pool = cache.flatten()
+    y = jnp.zeros_like(x)  # the last sublayer's result, which the next norm adds to x
+    for segment, (start, stop, _) in zip(self.segments, self.segment_bounds(), strict=True):
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        (x, y, pool), (first_page, weights) = unpack(carry), unpack(inputs)
-        return pack(nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))), None
+        first_page, weights = inputs
+        return nnx.merge(graph, weights)(*carry, context.at_page(first_page))
 
-      length = segment.attention_norm.weight.get_value().shape[0]
-      with costs.repeated(length):
-        carry, _ = jax.lax.scan(run_layer, pack((x, y, pool)), pack(((layer + jnp.arange(length)) * num_pages, stacked)))
-      x, y, pool = unpack(carry)
-      layer += length
-    return context.whole(self.final_norm(x, y, self.output)[1]), pool.unflatten(self.config.num_layers)
+      first_pages = (start + jnp.arange(stop - start)) * num_pages
+      x, y, pool = float8_bytes.loop(run_layer, (x, y, pool), (first_pages, stacked), self.runtime.target)
+    return context.gather_rows(self.final_norm(x, y, self.output)[1]), pool.unflatten(self.config.num_layers)
 
   def row_axes(self, batch: PrefillBatch | DecodeBatch) -> Axes:
-    """Mesh axes over which the rows of the residual stream are cut; None: every device has all of them.
+    """Mesh axes that the rows of the residual stream are cut over; None: every device has all rows.
 
-    In a long prefill each device adds, norms and rounds its part of the rows: an eighth of that traffic on eight devices, and
-    what is gathered is float8. A short one would pay more for the second collective than it saves (docs/multi-host.md).
+    In a long prefill each device adds, normalizes and rounds its part of the rows. Eight devices then move an eighth of those
+    bytes each, and the gathered rows are float8. A short prefill would lose more time in the second collective than it saves
+    (docs/multi-host.md).
     """
     T, tensor = batch.tokens_T.shape[0], self.shape.tensor
-    worth_it = batch.query_starts is not None and T >= _CUT_ROWS_FROM and T % tensor == 0
+    worth_it = batch.query_starts is not None and T >= _MIN_CUT_ROWS and T % tensor == 0
     return self.runtime.axes if tensor > 1 and worth_it else None
 
-  def own_rows(self, tokens_T: jax.Array) -> jax.Array:
-    """Rows of the embedding [T, D]; cut over the vocabulary, zeros where another device has the row."""
+  def embed(self, tokens_T: jax.Array) -> jax.Array:
+    """Rows of the embedding [T, D]. Under a mesh, rows of another device's part of the vocabulary are zeros."""
     table = self.embedding.get_value()
     local = tokens_T - index_over(self.runtime.axes) * table.shape[0]
-    mine = (local >= 0) & (local < table.shape[0])
-    return jnp.where(mine[:, None], table[jnp.clip(local, 0, table.shape[0] - 1)], 0)
+    is_local = (local >= 0) & (local < table.shape[0])
+    return jnp.where(is_local[:, None], table[jnp.clip(local, 0, table.shape[0] - 1)], 0)
 
   @property
   def output(self) -> Linear:
@@ -133,11 +133,12 @@ class Llama(nnx.Module):
     return Linear(self.embedding.get_value(), PartitionSpec(), self.runtime) if self.config.tied_embeddings else self.head
 
   def logits(self, hidden_TD: jax.Array) -> jax.Array:
-    """float32 [T, V]; under a mesh [T, V / tensor], this device's part of the (padded) vocabulary.
+    """float32 [T, V] of hidden states [T, D]; under a mesh [T, V / tensor], this device's part of the (padded) vocabulary.
 
     Entries of padding are -inf.
     """
-    logits = self.output(hidden_TD, out_dtype=jnp.float32)
-    size = logits.shape[-1]
-    token = index_over(self.runtime.axes) * size + jnp.arange(size)
-    return jnp.where(token < self.config.vocab_size, logits, -jnp.inf)
+    with jax.named_scope("head"):
+      logits = self.output(hidden_TD, out_dtype=jnp.float32)
+      size = logits.shape[-1]
+      token = index_over(self.runtime.axes) * size + jnp.arange(size)
+      return jnp.where(token < self.config.vocab_size, logits, -jnp.inf)

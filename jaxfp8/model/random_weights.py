@@ -10,11 +10,11 @@ from flax import nnx
 from jaxfp8.model.fp8 import QArray, to_float8
 from jaxfp8.model.llama import Llama
 
-_SPREAD = 64.0  # float8 values are normal with this deviation: 448 is seven of them, and few are subnormal
+_DEVIATION = 64.0  # standard deviation of the float8 values: 448 is seven deviations away, and few values are subnormal
 
 
 def random_weights(model: Llama, key: jax.Array) -> Llama:
-  """`model` (abstract, or its weights are ignored) with arrays on the default device; the argument is left as it was.
+  """A copy of `model` with random weights on the default device; weights that `model` holds are ignored.
 
   Matrices are normal with variance 1 / inputs, in their own dtypes (float8 ones with equal scales). Norms and static scales
   are ones.
@@ -32,7 +32,7 @@ def _shape_of(leaf) -> jax.ShapeDtypeStruct:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(likes: tuple, key: jax.Array) -> list:
-  return [_random(*like, own_key) for like, own_key in zip(likes, jax.random.split(key, len(likes)), strict=True)]
+  return [_random(*like, weight_key) for like, weight_key in zip(likes, jax.random.split(key, len(likes)), strict=True)]
 
 
 def _random(path: tuple, like, key: jax.Array):
@@ -40,6 +40,6 @@ def _random(path: tuple, like, key: jax.Array):
     return jnp.ones(like.shape, like.dtype)
   deviation = 1 / math.sqrt(like.shape[-1])
   if isinstance(like, QArray):
-    scale = jnp.full(like.scale.shape, deviation / _SPREAD, jnp.float32)
-    return QArray(to_float8(_SPREAD * jax.random.normal(key, like.qvalue.shape)), scale)
+    scale = jnp.full(like.scale.shape, deviation / _DEVIATION, jnp.float32)
+    return QArray(to_float8(_DEVIATION * jax.random.normal(key, like.qvalue.shape)), scale)
   return (deviation * jax.random.normal(key, like.shape)).astype(like.dtype)

@@ -1,15 +1,14 @@
-"""How the next token is chosen from logits that may be cut over devices by vocabulary.
+"""The choice of the next token from logits, which may be cut over devices by vocabulary.
 
-Everything here needs only sums, maxima and one small gather over the vocabulary, so it is the same program on one device
-and on sixteen:
-  - top-k and top-p keep the tokens at or above a threshold logit. The threshold is found exactly, by bisecting the 2^32
-    ordered float32 values: it is the largest value whose tokens still number k, or still hold mass p. Equal logits stay
-    or go together.
-  - Penalties count the tokens of a sequence's text, each device those of its part of the vocabulary.
-  - Sampling adds Gumbel noise and takes the maximum (Gumbel-max trick). A token's noise depends on the request's seed, the
-    position and the token alone: the same seed gives the same text, whatever else is in the batch.
+The choice needs only sums, maxima and one small gather over the vocabulary, so one device and sixteen run the same program:
+  - top-k and top-p keep the tokens at or above a threshold logit. Bisecting the 2^32 ordered float32 values finds the exact
+    threshold: the largest value at which k tokens, or probability mass p, remain. Equal logits are kept or dropped together.
+  - Penalties count the tokens of a sequence's text; each device counts those of its part of the vocabulary.
+  - Sampling adds Gumbel noise and takes the maximum (Gumbel-max trick). A token's noise depends only on the request's seed, the
+    position and the token: the same seed gives the same text, whatever else is in the batch.
 
-Order: penalties, temperature, top-k, top-p among what top-k kept, min-p relative to the most probable token.
+Order: penalties, temperature, top-k, top-p among the tokens that top-k kept, min-p relative to the most probable token.
+Refuses to know requests, text and how logits are computed.
 """
 
 import dataclasses
@@ -29,16 +28,19 @@ MAX_SEED = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How one request's tokens are chosen and when it ends.
+  """The options of one request: how tokens are chosen, and when the answer ends.
 
-  temperature: 0 is greedy. repetition_penalty (above 0; 1 is none) divides positive and multiplies negative logits of tokens in
-    the prompt or the answer; frequency_penalty and presence_penalty (-2 .. 2) are subtracted for each time, and once, that a
-    token stands in the answer. They act before all else, on greedy choices too.
+  temperature: 0 is greedy.
+  repetition_penalty: above 0; 1 is none. Divides positive and multiplies negative logits of tokens in the prompt or the answer.
+  frequency_penalty: -2 .. 2. Subtracted from a token's logit once for every occurrence of the token in the answer.
+  presence_penalty: -2 .. 2. Subtracted once if the token occurs in the answer. Penalties act first, on greedy choices too.
   top_k: 0 keeps all. top_p in (0, 1]; min_p in [0, 1).
   seed: 0 .. 2^32 - 1. max_new_tokens: at least 1.
-  stop_token_ids: ends the text, besides the model's own EOS ids unless ignore_eos; the token is not part of the text.
-  stop: strings that end the text; what follows the first one is dropped, and so is the string.
-  logprobs: how many most probable tokens to report beside the chosen one; None reports nothing.
+  stop_token_ids: tokens that end the text, besides the model's EOS ids unless ignore_eos; the token is not part of the text.
+  stop: strings that end the text; the first such string and all text after it are dropped.
+  logprobs: the number of most probable tokens to report beside the chosen one; None reports no log-probabilities.
+
+  Raises InputError, naming the option and its rule, for values outside of these ranges.
   """
 
   temperature: float = 0.0
@@ -76,7 +78,7 @@ class SamplingParams:
 
 @flax.struct.dataclass
 class SamplingBatch:
-  """The device's part of B requests' SamplingParams: float32 or (u)int32 [B] each. num_prompt_B: tokens of each prompt."""
+  """The numbers of B requests' SamplingParams: float32 or (u)int32 [B] each. num_prompt_B: tokens of each prompt."""
 
   temperature_B: jax.Array
   top_k_B: jax.Array
@@ -90,7 +92,7 @@ class SamplingBatch:
 
   @classmethod
   def of(cls, params: list[SamplingParams | None], num_prompt: list[int] | None = None) -> "SamplingBatch":
-    """None is an empty place, sampled greedily."""
+    """From each row's SamplingParams and number of prompt tokens. None is an empty row, which is sampled greedily."""
     rows = [p or SamplingParams() for p in params]
     return cls(
       temperature_B=np.array([p.temperature for p in rows], np.float32),
@@ -107,8 +109,11 @@ class SamplingBatch:
 
 @flax.struct.dataclass
 class Sampled:
-  """tokens_B int32; logprob_B float32, of the chosen token under softmax(logits), before temperature and cuts;
-  top_tokens_Bn and top_logprobs_Bn: the n most probable, best first."""
+  """The chosen tokens and their log-probabilities under softmax(logits), before penalties, temperature and cuts.
+
+  tokens_B: int32. logprob_B: float32, of the chosen token.
+  top_tokens_Bn, top_logprobs_Bn: int32 and float32, the n most probable tokens, best first.
+  """
 
   tokens_B: jax.Array
   logprob_B: jax.Array
@@ -130,50 +135,54 @@ def sample(
 
   Args:
     logits_BV: float32, this device's part of the vocabulary; padding is -inf.
-    position_B: int32, the place in its sequence of the token to be chosen: what makes each step's noise new.
-    vocab_size: true size of the vocabulary, which the noise is drawn over.
+    position_B: int32, the position in its sequence of the token to be chosen: each step's noise depends on it.
+    vocab_size: size of the vocabulary without padding; noise is drawn for this many tokens.
     axes: mesh axes that the vocabulary is cut over.
-    num_logprobs: how many most probable tokens to return (static).
-    history_BS: gives each row's tokens so far (int32; position_B of them count), for penalties; called where there are any.
+    num_logprobs: the number of most probable tokens to return (static).
+    history_BS: returns the tokens of each row, int32; the first position_B of them count. Called for penalties only; None: no
+      penalties.
   """
   rows = logits_BV.shape[0]
   if rows == 1:  # one row would take XLA:CPU's other path for sums; see _sum
     logits_BV = jnp.concatenate([logits_BV, logits_BV])
     params, position_B = jax.tree.map(lambda x: jnp.concatenate([x, x]), (params, position_B))
-  wanted = logits_BV if history_BS is None else _penalized(logits_BV, params, position_B, history_BS, axes)
+  with jax.named_scope("sample.penalties"):
+    penalized = logits_BV if history_BS is None else _penalized(logits_BV, params, position_B, history_BS, axes)
 
   def drawn():
-    scaled = wanted / jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
+    scaled = penalized / jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
     kept = _cut(scaled, params, axes)
     noise = _noise(params.seed_B, position_B, vocab_size, logits_BV.shape[1], axes)
-    return jnp.where((params.temperature_B > 0)[:, None], kept + noise, wanted)
+    return jnp.where((params.temperature_B > 0)[:, None], kept + noise, penalized)
 
-  scores = jax.lax.cond(jnp.any(params.temperature_B > 0), drawn, lambda: wanted)
-  tokens, chosen_logit = _best(scores, logits_BV, axes)
-  top = max_over(jnp.max(logits_BV, axis=-1), axes)
-  log_total = top + jnp.log(sum_over(_sum(jnp.exp(logits_BV - top[:, None])), axes))
-  top_logits, top_tokens = _top(logits_BV, num_logprobs, axes)
+  with jax.named_scope("sample.choice"):
+    scores = jax.lax.cond(jnp.any(params.temperature_B > 0), drawn, lambda: penalized)
+    tokens, chosen_logit = _best(scores, logits_BV, axes)
+  with jax.named_scope("sample.logprobs"):
+    max_logit = max_over(jnp.max(logits_BV, axis=-1), axes)
+    log_total = max_logit + jnp.log(sum_over(_sum(jnp.exp(logits_BV - max_logit[:, None])), axes))
+    top_logits, top_tokens = _top(logits_BV, num_logprobs, axes)
   result = Sampled(tokens, chosen_logit - log_total, top_tokens, top_logits - log_total[:, None])
   return jax.tree.map(lambda x: x[:rows], result)
 
 
 def _penalized(logits_BV, params: SamplingBatch, length_B, history_BS, axes: Axes):
-  """Logits with the penalties on what stands in the text, counted by each device for its part of the vocabulary."""
+  """Logits [B, V] with the penalties on tokens of the text. Each device counts the tokens of its part of the vocabulary."""
   rows, size = logits_BV.shape
 
   def penalize():
     tokens = history_BS()
     tokens = jnp.broadcast_to(tokens, (rows, tokens.shape[1]))
-    place = jnp.arange(tokens.shape[1])
+    position = jnp.arange(tokens.shape[1])
     local = tokens - index_over(axes) * size
-    local = jnp.where((place < length_B[:, None]) & (local >= 0) & (local < size), local, size)
-    answer = place >= params.num_prompt_B[:, None]
+    local = jnp.where((position < length_B[:, None]) & (local >= 0) & (local < size), local, size)
+    in_answer = position >= params.num_prompt_B[:, None]
     row = jnp.arange(rows)[:, None]
-    anywhere = jnp.zeros((rows, size), jnp.int32).at[row, local].add(1, mode="drop")
-    counts = jnp.zeros((rows, size), jnp.int32).at[row, jnp.where(answer, local, size)].add(1, mode="drop")
+    counts_in_text = jnp.zeros((rows, size), jnp.int32).at[row, local].add(1, mode="drop")
+    counts = jnp.zeros((rows, size), jnp.int32).at[row, jnp.where(in_answer, local, size)].add(1, mode="drop")
     repetition = params.repetition_B[:, None]
     logits = jnp.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
-    logits = jnp.where(anywhere > 0, logits, logits_BV)
+    logits = jnp.where(counts_in_text > 0, logits, logits_BV)
     return logits - params.frequency_B[:, None] * counts - params.presence_B[:, None] * (counts > 0)
 
   needed = jnp.any((params.repetition_B != 1) | (params.frequency_B != 0) | (params.presence_B != 0))
@@ -181,60 +190,61 @@ def _penalized(logits_BV, params: SamplingBatch, length_B, history_BS, axes: Axe
 
 
 def _cut(logits_BV, params: SamplingBatch, axes: Axes):
-  """-inf where top-k, top-p or min-p drop a token."""
+  """Logits [B, V] with -inf for the tokens that top-k, top-p or min-p drop."""
 
   def bisected():
     top_k = jnp.where(params.top_k_B > 0, params.top_k_B, jnp.iinfo(jnp.int32).max).astype(jnp.float32)
     by_k = _threshold(logits_BV, jnp.ones_like(logits_BV), top_k, axes)
     kept = jnp.where(logits_BV >= by_k[:, None], logits_BV, -jnp.inf)
-    mass = jnp.exp(kept - top[:, None])
-    wanted = params.top_p_B * sum_over(_sum(mass), axes)
-    by_p = _threshold(kept, mass, wanted, axes)
+    mass = jnp.exp(kept - max_logit[:, None])
+    least_mass = params.top_p_B * sum_over(_sum(mass), axes)
+    by_p = _threshold(kept, mass, least_mass, axes)
     return jnp.where(params.top_p_B < 1, jnp.maximum(by_k, by_p), by_k)
 
-  top = jax.lax.optimization_barrier(max_over(jnp.max(logits_BV, axis=-1), axes))
+  max_logit = jax.lax.optimization_barrier(max_over(jnp.max(logits_BV, axis=-1), axes))
   needed = jnp.any((params.top_k_B > 0) | (params.top_p_B < 1))
-  threshold = jax.lax.cond(needed, bisected, lambda: jnp.full_like(top, -jnp.inf))
-  threshold = jnp.maximum(threshold, top + jnp.log(params.min_p_B))
+  threshold = jax.lax.cond(needed, bisected, lambda: jnp.full_like(max_logit, -jnp.inf))
+  threshold = jnp.maximum(threshold, max_logit + jnp.log(params.min_p_B))
   return jnp.where(logits_BV >= threshold[:, None], logits_BV, -jnp.inf)
 
 
-def _threshold(logits_BV, weight_BV, wanted_B, axes: Axes):
-  """The largest t such that the weight of the tokens with logit >= t is at least `wanted`; -inf if all are too few."""
+def _threshold(logits_BV, weight_BV, least_B, axes: Axes):
+  """[B], the largest t such that tokens with logit >= t together weigh at least `least_B`; -inf if all tokens weigh less."""
   ordered = _ordered(logits_BV)
 
   def halve(_, bounds):
     low, high = bounds  # enough weight at or above low; too little at or above high
     middle = low + ((high - low) >> jnp.uint32(1))
-    enough = sum_over(_sum(jnp.where(ordered >= middle[:, None], weight_BV, 0)), axes) >= wanted_B
+    enough = sum_over(_sum(jnp.where(ordered >= middle[:, None], weight_BV, 0)), axes) >= least_B
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-  low = jnp.zeros_like(wanted_B, jnp.uint32)
+  low = jnp.zeros_like(least_B, jnp.uint32)
   high = jnp.full_like(low, jnp.iinfo(jnp.uint32).max)
   low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
   return jnp.where(low == 0, -jnp.inf, _from_ordered(low))
 
 
 def _ordered(x):
-  """float32 -> uint32 in the same order."""
+  """float32 as uint32 in the same order."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _from_ordered(u):
+  """The inverse of `_ordered`."""
   bits = jnp.where(u >> 31 == 1, u ^ jnp.uint32(1 << 31), ~u)
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _sum(x_BV):
-  """Sum along V as a product with ones, [B]: on a CPU a row's bits then do not depend on the number of rows."""
+  """The sum along V, [B], as a product with ones: on a CPU the bits of a row then do not depend on the number of rows."""
   ones = jnp.ones((8, x_BV.shape[1]))
   total = jax.lax.dot_general(x_BV, ones, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
   return total[:, 0]
 
 
 def _noise(seed_B, position_B, vocab_size: int, local_size: int, axes: Axes):
-  """This device's part of each row's Gumbel noise [B, V]: drawn for the whole vocabulary, so that cuts do not change it."""
+  """This device's part of each row's Gumbel noise [B, V], which is drawn for the whole vocabulary: the same for every mesh."""
 
   def row(seed, position):
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab_size,))
@@ -247,7 +257,7 @@ def _noise(seed_B, position_B, vocab_size: int, local_size: int, axes: Axes):
 
 
 def _best(scores_BV, logits_BV, axes: Axes):
-  """(token, its logit) of the best score; of equal scores the smallest token wins."""
+  """(token, its logit), [B] each, of the highest score; the smallest of tokens with equal scores."""
   local = jnp.argmax(scores_BV, axis=-1)
   token = (local + index_over(axes) * scores_BV.shape[1]).astype(jnp.int32)
   score, logit = (jnp.take_along_axis(x, local[:, None], axis=1)[:, 0] for x in (scores_BV, logits_BV))
@@ -257,10 +267,10 @@ def _best(scores_BV, logits_BV, axes: Axes):
 
 
 def _top(logits_BV, count: int, axes: Axes):
-  """(logits, tokens) [B, count] of the most probable tokens."""
+  """(logits, tokens) [B, count] of the most probable tokens, best first."""
   rows, size = logits_BV.shape
   logits, tokens = jax.lax.top_k(logits_BV, min(count, size))
   tokens = tokens + index_over(axes) * size
   logits, tokens = (gather_over(x, axes).swapaxes(0, 1).reshape(rows, -1) for x in (logits, tokens))
-  best, place = jax.lax.top_k(logits, min(count, logits.shape[1]))
-  return best, jnp.take_along_axis(tokens, place, axis=1).astype(jnp.int32)
+  best, index = jax.lax.top_k(logits, min(count, logits.shape[1]))
+  return best, jnp.take_along_axis(tokens, index, axis=1).astype(jnp.int32)

@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxfp8.checkpoint import device_arrays as filling
-from jaxfp8.checkpoint import layout, readers, static_scales
-from jaxfp8.checkpoint.convert import default_recipe, fill_model, tokenizer_of, versions
-from jaxfp8.checkpoint.dequantize_on_read import widened
-from jaxfp8.checkpoint.load import abstract_model
-from jaxfp8.checkpoint.manifest import Manifest, is_checkpoint, read_manifest
-from jaxfp8.checkpoint.open import open_any
-from jaxfp8.checkpoint.quantized_source import SourceArrays
+from jaxfp8.checkpoint import static_scales, stored_arrays
+from jaxfp8.checkpoint.convert import versions
+from jaxfp8.checkpoint.dequantize_on_read import dequantize_on_read
+from jaxfp8.checkpoint.device_arrays import load_arrays, whole_arrays
+from jaxfp8.checkpoint.load import abstract_model, load_into
+from jaxfp8.checkpoint.manifest import Manifest
+from jaxfp8.checkpoint.open import Checkpoint, open_checkpoint
+from jaxfp8.checkpoint.quantized_source import QuantizedSource, default_recipe
 from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.stored_arrays import ArraySpec, Range
 from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
@@ -55,7 +56,7 @@ class Seen:
 
 
 def calibrate(
-  path: str | os.PathLike | None,
+  path: Source | str | os.PathLike | None,
   folder: str | os.PathLike,
   chunks: np.ndarray,
   recipe: Recipe | None = None,
@@ -84,14 +85,14 @@ def calibrate(
   for. Raises InputError for bad weights, bad wishes, an existing folder or a full disk;
   nothing is then left behind.
   """
-  source = open_any(path or readers.default_model())
-  recipe = recipe or all_static(read_manifest(source.path).recipe if is_checkpoint(source.path) else default_recipe(source))
+  source = open_checkpoint(path)
+  recipe = recipe or all_static(source.manifest.recipe if isinstance(source, Checkpoint) else default_recipe(source))
   calibrator = Calibrator(source, recipe, chunks, rounding, scales, keep_bf16)
   arrays = calibrator.arrays
   facts = {"rounding": rounding, "scales": scales, "tokens": int(chunks.size), **(provenance or {})}
   about = {"source": source.path.name, "dialect": source.dialect, "versions": versions(), "calibration": facts}
   names = tuple(key.partition("[")[0] for key in calibrator.static_keys())
-  manifest = Manifest(source.config, recipe, arrays.formats, tokenizer_of(source), about, dict(arrays.exceptions), names)
+  manifest = Manifest(source.config, recipe, arrays.formats, source.find_tokenizer(), about, dict(arrays.exceptions), names)
   with CheckpointWriter(folder, manifest, late=late, check=check) as writer:
     writer.write(arrays.read(tuple(calibrator.groups[0])))
     for _, group in calibrator.layers(progress):
@@ -107,7 +108,8 @@ def load_calibrated(model: Llama, calibrator: "Calibrator", found: Mapping[str, 
     rest = tuple(key for key in keys if key not in found)
     return {key: found[key] for key in keys if key in found} | (arrays.read(rest) if rest else {})
 
-  return fill_model(model, arrays, read, {key: found[key] for key in static_scales.wanted(model) if key in found}, None)
+  scales = {key: found[key] for key in static_scales.required_keys(model) if key in found}
+  return load_into(model, arrays, read=whole_arrays(read), scales=scales)
 
 
 def abstract_calibrated(calibrator: "Calibrator", recipe: Recipe, implementation: str = "auto") -> Llama:
@@ -146,10 +148,10 @@ class Calibrator:
       )
     # Text runs with activations that are not float8, so that what is seen is what will be rounded.
     self.recipe = dataclasses.replace(recipe, activations=recipe.stream, kv=recipe.stream)
-    self.arrays = SourceArrays(source, self.recipe, keep_bf16, static=())
+    self.arrays = QuantizedSource(source, self.recipe, keep_bf16, static=())
     self.config, self.formats = source.config, self.arrays.formats
     self.chunks, self.rounding, self.choice = chunks, rounding, scales
-    self.groups = layout.checkpoint_arrays(self.config, self.recipe, self.formats, self.arrays.exceptions)
+    self.groups = stored_arrays.checkpoint_arrays(self.config, self.recipe, self.formats, self.arrays.exceptions)
     self.seen: list[Seen] = []
 
   def static_keys(self) -> list[str]:
@@ -178,8 +180,8 @@ class Calibrator:
     return [merged for merged in static_scales.LINEARS if getattr(self.formats[layer], merged) == "fp8"]
 
   def _embed(self) -> list[tuple[jax.Array, jax.Array]]:
-    dtype, whole = self.recipe.stream.dtype, filling.Range(layout.EMBEDDING, 0, 0, self.config.vocab_size)
-    read = widened(filling.whole_arrays(self.arrays.read), self.arrays.exceptions, self.arrays.expected, dtype)
+    dtype, whole = self.recipe.stream.dtype, Range(stored_arrays.EMBEDDING, 0, 0, self.config.vocab_size)
+    read = dequantize_on_read(whole_arrays(self.arrays.read), self.arrays.exceptions, self.arrays.expected, dtype)
     table = read([whole])[whole]
     groups = [self.chunks[start : start + _ROWS] for start in range(0, len(self.chunks), _ROWS)]
     rows = [jnp.asarray(table[group.reshape(-1)]) for group in groups]
@@ -187,8 +189,8 @@ class Calibrator:
 
   def _gptq(self, layer: int, hidden) -> dict[str, np.ndarray]:
     """This layer's weights rounded for the inputs that the layers before give it, its own being what they were."""
-    plain = SourceArrays(self.arrays.source, dataclasses.replace(self.recipe, weights=self.recipe.stream), static=())
-    keys = layout.checkpoint_arrays(self.config, plain.recipe, plain.formats)[layer + 1]
+    plain = QuantizedSource(self.arrays.source, dataclasses.replace(self.recipe, weights=self.recipe.stream), static=())
+    keys = stored_arrays.checkpoint_arrays(self.config, plain.recipe, plain.formats)[layer + 1]
     _, hessians = self._run(layer, plain.read(tuple(keys)), plain, hidden, _hessians)
     return self._round(layer, hessians)
 
@@ -196,7 +198,7 @@ class Calibrator:
     found = {}
     for merged in self._float8(layer):
       inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
-      for weight, scale in layout.keys_of(layer, merged, self.recipe.granularity):
+      for weight, scale in stored_arrays.float8_keys(layer, merged, self.recipe.granularity):
         source = self.arrays.source.read(weight.split("[")[0])
         q = round_weights(source, self.recipe.granularity, self.rounding, inputs)
         found |= {weight: q.qvalue, scale: q.scale}
@@ -213,19 +215,20 @@ class Calibrator:
         found |= {key: np.asarray(scales[self.choice][0]) for key in static_scales.input_keys(layer, name)}
     return found
 
-  def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: SourceArrays, hidden, collect):
+  def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: QuantizedSource, hidden, collect):
     """(hidden states after the layer, what `collect` made of its inputs): all chunks through one layer."""
     # A vocabulary of one: neither embedding nor head has a part in a layer.
     sizes = {"num_layers": 1, "vocab_size": 1, "tied_embeddings": True, "bos_id": None, "eos_ids": ()}
     model = Llama(dataclasses.replace(self.config, **sizes), of.recipe, formats=(of.formats[layer],))
     mine, first = f"model.layers.{layer}.", "model.layers.0."
-    outside = {layout.EMBEDDING: np.zeros((1, self.config.d_model)), layout.FINAL_NORM: np.ones(self.config.d_model)}
+    D = self.config.d_model
+    outside = {stored_arrays.EMBEDDING: np.zeros((1, D)), stored_arrays.FINAL_NORM: np.ones(D)}
     renamed = {key.replace(mine, first, 1): array for key, array in arrays.items()} | outside
     exceptions = {key.replace(mine, first, 1): kind for key, kind in of.exceptions.items() if key.startswith(mine)}
-    expected = {key: (array.shape, array.dtype) for key, array in renamed.items()}
-    read = filling.whole_arrays(lambda keys: {key: renamed[key] for key in keys})
-    read = widened(read, exceptions, expected, of.recipe.stream.dtype)
-    segment, after, collected = filling.fill(model, read, None).segments[0], [], None
+    expected = {key: ArraySpec(array.shape, array.dtype) for key, array in renamed.items()}
+    read = whole_arrays(lambda keys: {key: renamed[key] for key in keys})
+    read = dequantize_on_read(read, exceptions, expected, of.recipe.stream.dtype)
+    segment, after, collected = load_arrays(model, read, None).segments[0], [], None
     for x, y in hidden:
       batch = PrefillBatch.from_prompts([[0] * self.chunks.shape[1]] * (len(x) // self.chunks.shape[1]))
       cache = KVCache.init(model.config, int(batch.page_table_BM.max()) + 1, of.recipe.kv)
@@ -254,9 +257,9 @@ def _listening(linear: Linear, hear: Callable[[jax.Array], None]) -> Linear:
   """The same linear, which tells its inputs while it is traced."""
 
   class Listening(Linear):
-    def sums(self, x_TD, out_dtype=None):
+    def partial_sums(self, x_TD, out_dtype=None):
       hear(x_TD)
-      return super().sums(x_TD, out_dtype)
+      return super().partial_sums(x_TD, out_dtype)
 
   return Listening(linear.weight.get_value(), linear.weight.get_metadata("partition"), linear.runtime)
 

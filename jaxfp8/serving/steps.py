@@ -29,8 +29,7 @@ from jaxfp8.model.sampling import Sampled, SamplingBatch, sample
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import program_cache
 from jaxfp8.sharding import DATA, TENSOR, concatenate_over, mesh_shape
-from pallas_kernels import Target, conformance, debug
-from pallas_kernels.float8_bytes import loop_views, view_as_bytes
+from pallas_kernels import Target, conformance, debug, float8_bytes
 
 # A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
 GPU_OPTIONS = {
@@ -42,7 +41,9 @@ FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for 
 def prefill(model: Llama, cache: KVCache, batch: PrefillBatch) -> tuple[jax.Array, KVCache]:
   """Runs ragged prompts; returns (float32 logits [B, V] after each sequence's last token, the cache with them in it)."""
   hidden_TD, cache = model(batch, cache)
-  return model.logits(hidden_TD[batch.last_tokens()]), cache
+  with jax.named_scope("last_tokens"):
+    last_BD = hidden_TD[batch.last_tokens()]
+  return model.logits(last_BD), cache
 
 
 def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
@@ -129,7 +130,7 @@ class CompiledSteps:
     self.compile_seconds = 0.0
     self._graph, self._tree, weights, self._specs = _split_for_mesh(model, mesh)
     self._target = Target.of(mesh.devices.flat[0])
-    self._weights = tuple(map(view_as_bytes, weights)) if self._target.platform == "cpu" else weights
+    self._weights = float8_bytes.arguments(weights, self._target)
     self._kernels = model.runtime.implementation not in ("xla", "reference")
     self._programs: dict[tuple[str, int], jax.stages.Compiled] = {}
     self._identity = repr((model.config, model.recipe, model.formats, model.shape, model.runtime, mesh_shape(mesh), limits))
@@ -140,7 +141,7 @@ class CompiledSteps:
 
   def init_state(self) -> State:
     """An empty pool and no tokens, on the devices."""
-    return jax.jit(self._empty_state, out_shardings=self._shardings(self._state_specs()))()
+    return jax.jit(float8_bytes.program(self._empty_state, self._target), out_shardings=self._shardings(self._state_specs()))()
 
   def compile(self, kind: str, size: int) -> jax.stages.Compiled:
     """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once.
@@ -181,8 +182,9 @@ class CompiledSteps:
     inputs = self.abstract_inputs(kind, size)
     state = self.abstract_state()
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
+    step = functools.partial(_step, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs)
     step = jax.shard_map(
-      functools.partial(_step, self._target, self._graph, self._tree, self.config.vocab_size, self.limits.num_logprobs),
+      float8_bytes.program(step, self._target),
       mesh=self.mesh,
       in_specs=(self._specs, self._state_specs(), input_specs),
       out_specs=(self._state_specs(), PartitionSpec()),
@@ -240,15 +242,14 @@ class CompiledSteps:
     return len(self._weights)
 
   def abstract_state(self) -> State:
-    return jax.eval_shape(self._empty_state)
+    return jax.eval_shape(float8_bytes.program(self._empty_state, self._target))
 
   def _empty_state(self) -> State:
     limits = self.limits
     cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
-    pack, _ = loop_views(self._target)
     places = limits.max_sequences * self.num_shards
     history = jnp.zeros((places, limits.max_pages * limits.page_size), jnp.int32)
-    return pack(State(cache, jnp.zeros(places, jnp.int32), history))
+    return State(cache, jnp.zeros(places, jnp.int32), history)
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
@@ -276,20 +277,20 @@ def _split_for_mesh(model: Llama, mesh: Mesh):
   return graph, jax.tree.structure(abstract), tuple(weights), tuple(twin.partitions())
 
 
-def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInput) -> tuple[State, Sampled]:
+def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInput) -> tuple[State, Sampled]:
   """What one data shard computes."""
-  pack, unpack = loop_views(target)
-  weights, state = unpack((weights, state))
   model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
   batch = inputs.batch
-  sequence_T, position_T = batch.places()
-  known = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
-  batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, known, batch.tokens_T))
+  with jax.named_scope("tokens"):
+    sequence_T, position_T = batch.token_positions()
+    on_device = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
+    batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, on_device, batch.tokens_T))
   run = prefill if isinstance(batch, PrefillBatch) else decode
   logits, cache = run(model, state.cache, batch)
-  history = state.history
-  position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
-  history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
+  with jax.named_scope("history"):
+    history = state.history
+    position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
+    history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
   sampled = sample(
     logits,
     inputs.sampling,
@@ -299,7 +300,8 @@ def _step(target, graph, tree, vocab_size, num_logprobs, weights, state, inputs:
     num_logprobs=num_logprobs,
     history_BS=lambda: jnp.take(history, inputs.place_B, axis=0, mode="clip"),
   )
-  place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
-  last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
-  # Whole on every device, so that every process can read it.
-  return pack(State(cache, last_tokens, history)), jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)
+  with jax.named_scope("results"):
+    place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
+    last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
+    sampled = jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)  # whole on every device and in every process
+  return State(cache, last_tokens, history), sampled
