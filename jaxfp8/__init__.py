@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 # For type checkers and editors. A test compares these imports with _HOME.
 if TYPE_CHECKING:
   from jaxfp8.checkpoint.convert import convert_checkpoint as convert_checkpoint
-  from jaxfp8.checkpoint.convert import load as load
-  from jaxfp8.checkpoint.load import save as save
+  from jaxfp8.checkpoint.load import load as load
+  from jaxfp8.checkpoint.save import save as save
   from jaxfp8.config import LlamaConfig as LlamaConfig
   from jaxfp8.errors import InputError as InputError
   from jaxfp8.model.batch import DecodeBatch as DecodeBatch
@@ -61,14 +61,14 @@ _HOME = {
   "convert_checkpoint": "checkpoint.convert",
   "decode": "serving.steps",
   "dequantize": "model.fp8",
-  "load": "checkpoint.convert",
+  "load": "checkpoint.load",
   "make_mesh": "sharding",
   "plan_deployment": "planning.planner",
   "prefill": "serving.steps",
   "quantize": "model.fp8",
   "random_weights": "model.random_weights",
   "sample": "model.sampling",
-  "save": "checkpoint.load",
+  "save": "checkpoint.save",
 }
 
 if not TYPE_CHECKING:  # a type checker knows the names from the imports above, and reports any other name

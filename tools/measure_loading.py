@@ -19,6 +19,7 @@ import time
 import numpy as np
 from absl import flags
 
+from jaxfp8.checkpoint import stored_arrays
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command
 from jaxfp8.config import LlamaConfig
@@ -61,7 +62,6 @@ def main() -> int:
 
 def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
   """A checkpoint of random float8 bytes. `sizes` replace an 8B Llama's."""
-  from jaxfp8.checkpoint import layout
   from jaxfp8.checkpoint.manifest import Manifest
   from jaxfp8.checkpoint.writer import CheckpointWriter
 
@@ -76,7 +76,7 @@ def write(folder: pathlib.Path, num_layers: int, **sizes) -> None:
     return np.full(shape, 0.01, np.float32).astype(dtype)
 
   with CheckpointWriter(folder, Manifest(config, recipe, formats, None, {"source": "tools.measure_loading"})) as writer:
-    for group in layout.checkpoint_arrays(config, recipe, formats):
+    for group in stored_arrays.checkpoint_arrays(config, recipe, formats):
       writer.write({key: values(*what) for key, what in group.items()})
 
 
@@ -95,16 +95,17 @@ def load(folder: str, tensor: int) -> dict:
   import jax
   from flax import nnx
 
-  from jaxfp8.checkpoint.load import load_checkpoint
-  from jaxfp8.checkpoint.manifest import read_manifest
+  from jaxfp8.checkpoint.load import load as load_model
+  from jaxfp8.checkpoint.open import Checkpoint
   from jaxfp8.sharding import make_mesh
 
-  mesh = make_mesh(read_manifest(folder).config, tensor)
+  checkpoint = Checkpoint(folder)
+  mesh = make_mesh(checkpoint.config, tensor)
   np.asarray(jax.jit(lambda x: x + 1)(np.ones(4)))  # what a first program takes is no weight
   before, read_before, start = _status("VmRSS"), _read_bytes(), time.perf_counter()
   with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
     file.write("5")  # the highest mark starts anew
-  model = load_checkpoint(folder, mesh=mesh)
+  model = load_model(checkpoint, mesh=mesh)
   leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
   return {
     "weight_bytes": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),

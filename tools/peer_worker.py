@@ -71,7 +71,7 @@ def make_jaxfp8(model, batch, length, new_tokens, *, weights, cache_dir):
   from jaxfp8.serving.engine import Engine, Request
 
   command.keep_compiled_programs(cache_dir)
-  opened = startup.open_model(startup.Wishes(checkpoint=model, weights=weights, cache_dir=cache_dir), Progress())
+  opened = startup.open_model(startup.LoadOptions(checkpoint=model, weights=weights, cache_dir=cache_dir), Progress())
   limits = startup.limits_for(opened.model, opened.mesh, [(length, new_tokens)] * batch)
   engine = Engine(opened.model, mesh=opened.mesh, limits=limits)
   engine.compile()

@@ -1,51 +1,50 @@
-"""Float8 matrices that a model cannot hold as float8, widened while they are read.
+"""Dequantizes, while they are read, float8 matrices that a model cannot hold as float8. Imports no jax.
 
-A merged array has one dtype and one kind of scales. What is stored otherwise (a manifest's `exceptions`) is multiplied out into
-the stream's dtype, range by range, so that a process still reads only its part.
+A merged array has one dtype and one kind of scales. A matrix that is stored otherwise (a manifest's `exceptions`) is multiplied
+out into the dtype of the stream, range by range, so that a process still reads only its shards.
 """
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jaxfp8.checkpoint.device_arrays import Range, Read
-from jaxfp8.checkpoint.layout import scale_of_key, split_key
+from jaxfp8.checkpoint.stored_arrays import ArraySpec, Range, Read, scale_of_key, split_key
 from jaxfp8.recipe import BLOCK
 
 
-def widened(read: Read, exceptions: Mapping[str, str], expected: Mapping[str, tuple], dtype: np.dtype) -> Read:
-  """`read` for `filling.fill`: arrays of modules in `exceptions` come in `dtype`.
+def dequantize_on_read(read: Read, exceptions: Mapping[str, str], expected: Mapping[str, ArraySpec], dtype: np.dtype) -> Read:
+  """`read` for `load_arrays`, with the arrays of modules in `exceptions` in `dtype`.
 
-  exceptions: module -> "channel" or "block128". expected: key -> (shape, dtype) of what is stored.
+  exceptions: module -> "channel" or "block128". expected: key -> shape and dtype of the stored array.
   """
 
-  def read_widened(ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
+  def read_dequantized(ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
     ranges = list(ranges)
     scales = {}
-    for where in ranges:
-      module, _ = split_key(where.key)
+    for weight in ranges:
+      module, _ = split_key(weight.key)
       if module in exceptions:
-        scale = scale_of_key(where.key, exceptions[module])
-        scales[where] = Range(scale, 0, 0, expected[scale][0][0])
+        scale = scale_of_key(weight.key, exceptions[module])
+        scales[weight] = Range(scale, 0, 0, expected[scale].shape[0])
     arrays = dict(read({*ranges, *scales.values()}))
-    for where, scale in scales.items():
-      row, column = (where.start, 0) if where.axis == 0 else (0, where.start)
-      arrays[where] = dequantize(arrays[where], arrays[scale], row, column).astype(dtype)
+    for weight, scale in scales.items():
+      row, column = (weight.start, 0) if weight.axis == 0 else (0, weight.start)
+      arrays[weight] = dequantize_part(arrays[weight], arrays[scale], row, column).astype(dtype)
     return arrays
 
-  return read_widened if exceptions else read
+  return read_dequantized if exceptions else read
 
 
-def dequantize(weight: np.ndarray, scale: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
-  """float32 [out, in] of a float8 weight with scales per channel or per block of 128.
+def dequantize_part(weight: np.ndarray, scale: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
+  """float32 of a part of a float8 matrix [out, in], whose scales are per channel [out] or per block of 128.
 
-  row, column: where in the matrix that `scale` belongs to this part of it begins.
+  row, column: the indices in the whole matrix at which the part begins. `scale` is that of the whole matrix.
   """
-  wide = weight.astype(np.float32)
+  product = weight.astype(np.float32)
   if scale.ndim == 1:
-    wide *= scale[row : row + len(wide), None]
-    return wide
-  factors = scale[(row + np.arange(len(wide))) // BLOCK]
-  for block in range(column // BLOCK, -(-(column + wide.shape[1]) // BLOCK)):
-    wide[:, max(0, block * BLOCK - column) : (block + 1) * BLOCK - column] *= factors[:, block, None]
-  return wide
+    product *= scale[row : row + len(product), None]
+    return product
+  factors = scale[(row + np.arange(len(product))) // BLOCK]
+  for block in range(column // BLOCK, -(-(column + product.shape[1]) // BLOCK)):
+    product[:, max(0, block * BLOCK - column) : (block + 1) * BLOCK - column] *= factors[:, block, None]
+  return product

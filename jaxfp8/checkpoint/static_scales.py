@@ -82,7 +82,10 @@ def require_scales(required: Collection[str], available: Collection[str], path: 
 
 
 def load_static_scales(model: Llama, read: Callable[[str], np.ndarray], mesh: Mesh | None) -> Llama:
-  """Puts static scales into an abstract model that has them; `read(key)` gives a stored array. Raises InputError for bad ones."""
+  """Puts static scales into an abstract model that has them, and returns it; `read(key)` gives a stored array.
+
+  Raises InputError for a scale that is not positive and finite.
+  """
   for (segment, name), rows in _rows(model).items():
     arrays = [{key: np.asarray(read(key)) for key in row} for row in rows]
     _require_positive(arrays)
@@ -111,14 +114,12 @@ def _largest(rows: list[dict[str, np.ndarray]]) -> np.ndarray:
   """float32 [layers]: the largest scale of the matrices that share an input."""
   for row in rows:
     if max(row.values()) > min(row.values()):
-      _say_once(
-        f"jaxfp8: matrices that share an input have different scales, such as {next(iter(row))}; the largest counts."
-      )
+      _say_once(f"jaxfp8: matrices that share an input have different scales, such as {next(iter(row))}; the largest counts.")
   return np.array([max(row.values()) for row in rows], np.float32)
 
 
 def _per_head(model: Llama, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
-  """float32 [layers, kv * group * K_local]: the scale of each head on every device that has the head, in the order of merged qkv."""
+  """float32 [layers, kv * group * K_local]: each head's scale on every device that has the head, ordered as in qkv."""
   mesh, K, layers = model.shape, model.config.num_kv_heads, len(rows)
   scales = np.stack([scale for row in rows for scale in row.values()]).astype(np.float32)
   by_head = scales.reshape(layers, mesh.kv, 1, K // mesh.kv)

@@ -1,10 +1,10 @@
-"""Writing a checkpoint's folder: whole or not at all, and, where it is asked for, going on with what a killed process left.
+"""Writes the folder of a checkpoint: whole or not at all. On request it continues the work of a process that was killed.
 
-    FOLDER.writing-1a2b3c4d.partial_save/   Orbax's groups, each one a folder that is renamed when it is complete
-    FOLDER.writing-1a2b3c4d.journal         what work this is, then one line a group: its folder, its arrays' checksums
+    FOLDER.writing-1a2b3c4d.partial_save/   Orbax's groups; each is a folder that is renamed when it is complete
+    FOLDER.writing-1a2b3c4d.journal         an identity of the work, then one line per group: its folder, its arrays' checksums
     FOLDER                                  appears by a rename when everything is on the disk
 
-The writer holds a lock on its journal while it lives, so a leftover without one is known to be dead.
+A writer holds a lock on its journal as long as it lives, so a journal without a lock belongs to a dead writer.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from jaxfp8.checkpoint import unfinished
 from jaxfp8.checkpoint.manifest import MANIFEST, TEMPLATE, TOKENIZER, WRITING, Manifest, orbax, orbax_context
 from jaxfp8.errors import InputError
 
-_PATIENCE = 10.0  # seconds that `abandon_unfinished` waits for a write under way
+_PATIENCE = 10.0  # seconds that `abandon` waits for the current write
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|Input/output error|Read-only file system")
 
 
@@ -40,10 +40,11 @@ class CheckpointWriter:
   Raises InputError if `folder` exists already or the disk refuses.
 
   Args:
-    work: what is being written; only a leftover of equal work is gone on with. None: it cannot be resumed.
-    resume: go on with a leftover of this work, if there is one, and keep what is written if this writer fails.
-    late: more provenance, asked for when everything else is written.
-    check: given the whole checkpoint under its temporary name, adds to its provenance; if it raises, no folder appears.
+    work: a digest of what is written; only the leftover of equal work is continued. None: the work cannot be resumed.
+    resume: continue a leftover of this work, if there is one, and keep the written part if this writer fails.
+    late: gives more provenance; called when everything else is written.
+    check: called with the path of the whole checkpoint under its temporary name; its result is added to the provenance. If it
+      raises, no folder appears.
   """
 
   def __init__(
@@ -56,8 +57,8 @@ class CheckpointWriter:
     late: Callable[[], Mapping[str, Any]] | None = None,
     check: Callable[[pathlib.Path], Mapping[str, Any]] | None = None,
   ):
-    self.folder, self.manifest, self.work, self.resume = pathlib.Path(folder), manifest, work, resume
-    # No leading dot: Orbax 0.12.8 would then silently finalize nothing. Random: process ids repeat in containers.
+    self.folder, self.manifest, self.work, self.resume = pathlib.Path(folder).absolute(), manifest, work, resume
+    # No leading dot: Orbax 0.12.8 would then silently finalize nothing. Random, since process ids repeat in containers.
     self._name_temporary(_temporary_name(self.folder))
     self._late, self._check = late, check
     self.done: dict[str, str] = {}  # sha256 of every array that is on the disk
@@ -85,7 +86,7 @@ class CheckpointWriter:
       raise
 
   def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-    """Adds arrays under keys that are not there yet."""
+    """Writes arrays, under keys that have not been written yet."""
     ocp = orbax()
     sums = {key: checksum(array) for key, array in arrays.items()}
     hook = sys.unraisablehook
@@ -101,12 +102,12 @@ class CheckpointWriter:
           _sync(self._partial)
           self._note({"group": group, "sums": sums})
         self.done |= sums
-      sys.unraisablehook = hook  # not where it failed: arrays may be under way for a while
-    except Exception as error:  # Orbax passes on what tensorstore says of a full disk as a ValueError
+      sys.unraisablehook = hook  # not after a failure: writes of other arrays may go on for a while
+    except Exception as error:  # Orbax reports a full disk, as tensorstore does, by a ValueError
       raise self._disk_error(error) from error
 
   def abandon(self) -> None:
-    """From another thread: waits for the write under way, lets no further write begin, and removes everything."""
+    """For another thread: waits for the current write, lets no further write begin, and removes every file."""
     self._busy.acquire(timeout=_PATIENCE)  # never released
     if not self.resume:
       self._clean()
@@ -147,28 +148,29 @@ class CheckpointWriter:
     paths = sorted(path for path in self._temporary.rglob("*") if path.is_file())
     files = {str(path.relative_to(self._temporary)): path.stat().st_size for path in paths}
     sums = self.done | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    about = {**self.manifest.provenance, **(self._late() if self._late else {})}
-    self._write_manifest(about, files, sums)
+    provenance = {**self.manifest.provenance, **(self._late() if self._late else {})}
+    manifest = dataclasses.replace(self.manifest, provenance=provenance, files=files, checksums=sums)
+    self._write_manifest(manifest)
     if self._check:
-      self._write_manifest({**about, **self._check(self._temporary)}, files, sums)
+      provenance = {**provenance, **self._check(self._temporary)}
+      self._write_manifest(dataclasses.replace(manifest, provenance=provenance))
     sync_tree(self._temporary)
     os.rename(self._temporary, self.folder)
     _sync(self.folder.parent)
 
-  def _write_manifest(self, provenance: Mapping[str, Any], files: Mapping[str, int], sums: Mapping[str, str]) -> None:
-    manifest = dataclasses.replace(self.manifest, provenance=provenance)
-    (self._temporary / MANIFEST).write_text(manifest.to_json(files, sums), encoding="utf-8")
+  def _write_manifest(self, manifest: Manifest) -> None:
+    (self._temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
   # --- resuming ---
 
   def _groups(self) -> list[str]:
-    """Orbax's complete groups."""
+    """The folders of Orbax's complete groups."""
     if not self._partial.exists():
       return []
     return sorted(path.name for path in self._partial.iterdir() if ".pending_" in path.name and "-tmp" not in path.name)
 
   def _take_over(self) -> None:
-    """Removes what dead writers of this folder left, or goes on with it; then holds the journal."""
+    """Removes the leftovers of dead writers of this folder, or adopts one; then holds the lock on a journal."""
     for path in sorted(self.folder.parent.glob(f"{_glob_escape(self.folder.name)}{WRITING}*.journal")):
       journal = open(path, "r+", encoding="utf-8")  # noqa: SIM115 - held while the writer lives
       try:
@@ -194,19 +196,19 @@ class CheckpointWriter:
         self._name_temporary(_temporary_name(self.folder))
 
   def _adopt(self, name: str, journal) -> bool:
-    """Whether a leftover is of this work and as its journal says; what the journal does not know is removed from it."""
+    """Whether a leftover is of this work and whole by its journal. Removes files from it that the journal does not list."""
     lines = []
     for line in journal.read().splitlines():
       try:
         lines.append(json.loads(line))
-      except ValueError:  # the last one, cut short
+      except ValueError:  # the last line, which a kill cut short
         break
     if not lines or lines[0] != {"work": self.work}:
       return False
-    mine, groups = self._temporary.name, {line["group"] for line in lines[1:]}
+    own_name, groups = self._temporary.name, {line["group"] for line in lines[1:]}
     self._name_temporary(name)
     if not self._temporary.exists() and not groups <= set(self._groups()):
-      self._name_temporary(mine)
+      self._name_temporary(own_name)
       return False
     if not self._temporary.exists():
       for path in list(self._partial.iterdir()) if self._partial.exists() else []:
@@ -229,28 +231,30 @@ class CheckpointWriter:
     """The error in one sentence if the disk refused; else the error itself."""
     if isinstance(error, OSError) and error.errno:
       reason = os.strerror(error.errno)
-    elif found := _FULL.search(str(error)):
-      reason = found[0]
+    elif full := _FULL.search(str(error)):
+      reason = full[0]
     elif isinstance(error, OSError):
       reason = str(error).split("\n", 1)[0][:200]
     else:
       return error
-    left = "What is written stays for --resume" if self.resume and self._journal else "Nothing was left behind"
+    left = "The written part stays for --resume" if self.resume and self._journal else "Nothing was left behind"
     return InputError(f"checkpoint: cannot write {self.folder}: {reason}. {left}; pass another folder or free space.")
 
   def _clean(self) -> None:
     _remove(self.folder.parent, self._temporary.name)
 
 
-def _without_stragglers(hook, unraisable) -> None:
-  """For a write that may fail: Orbax closes its loop at the first array that does, and what tensorstore still has under way
-  would be printed, array by array, when it reports there."""
+def _without_stragglers(hook: Callable[[Any], object], unraisable: Any) -> None:
+  """Silences arrays whose write ends after Orbax has closed its event loop, as it does at the first array that fails.
+
+  Each of them would print a traceback.
+  """
   if str(unraisable.exc_value) != "Event loop is closed":
     hook(unraisable)
 
 
 def _remove(parent: pathlib.Path, name: str) -> None:
-  """Repeats: what Orbax still has under way when it is interrupted makes its folders again."""
+  """Removes every file whose name begins with `name`. Repeats, since an interrupted Orbax may create its folders again."""
   for _ in range(20):
     left = [path for path in parent.iterdir() if path.name.startswith(name)] if parent.is_dir() else []
     if not left:
@@ -277,6 +281,7 @@ def _glob_escape(name: str) -> str:
 
 
 def sync_tree(folder: pathlib.Path) -> None:
+  """Waits until a folder and all files in it are on the disk."""
   for root, _, names in os.walk(folder):
     for name in names:
       _sync(pathlib.Path(root) / name)

@@ -54,19 +54,19 @@ def main() -> int:
   """Runs the command. Raises InputError."""
   if pathlib.Path(FLAGS.output).exists():
     raise InputError(f"calibrate: {FLAGS.output} exists already. Pass another --output, or remove it first.")
-  from jaxfp8.checkpoint import convert, readers
-  from jaxfp8.checkpoint.open import open_any
+  from jaxfp8.checkpoint.open import open_checkpoint
+  from jaxfp8.checkpoint.quantized_source import default_recipe
   from jaxfp8.progress import Progress
   from jaxfp8.quantization import calibration
 
-  source = open_any(FLAGS.checkpoint or readers.default_model())
+  source = open_checkpoint(FLAGS.checkpoint or None)
   chunks, text = _chunks(source)
   with Progress() as progress, progress.task("Calibrating") as report:
     done = calibration.calibrate(
-      source.path,
+      source,
       FLAGS.output,
       chunks,
-      _recipe(source, convert.default_recipe(source)),
+      _recipe(source, default_recipe(source)),
       rounding=FLAGS.rounding,
       scales=FLAGS.scales,
       keep_bf16=FLAGS.keep_bf16,

@@ -18,7 +18,6 @@ values.
 import concurrent.futures
 import hashlib
 import json
-import math
 import os
 import pathlib
 import sys
@@ -87,12 +86,12 @@ _execution(flags.DEFINE_bool, "resume", False, "Go on with an interrupted conver
 
 def main() -> int:
   """Runs the command. Raises InputError."""
-  from jaxfp8.checkpoint.open import CheckpointSource, open_any
+  from jaxfp8.checkpoint.open import Checkpoint, open_checkpoint
   from jaxfp8.serving.memory import peak_bytes
 
   if pathlib.Path(FLAGS.output).exists():
     raise InputError(f"convert: {FLAGS.output} exists already. Pass another --output, or remove it first.")
-  source = open_any(FLAGS.input)
+  source = open_checkpoint(FLAGS.input)
   for note in source.notes:
     print(f"readers: {source.path}: {note}.", file=sys.stderr)
   activations = _activations(source)
@@ -100,8 +99,8 @@ def main() -> int:
   for note in _few(notes):
     print(f"convert: {note}.", file=sys.stderr)
   read = sum(path.stat().st_size for path in source.files())
-  ours = CheckpointSource(FLAGS.output)
-  written = sum(math.prod(shape) * dtype.itemsize for shape, dtype in ours.reader.expected.values())
+  ours = Checkpoint(FLAGS.output)
+  written = sum(spec.num_bytes for spec in ours.expected.values())
   peak, quality = peak_bytes(), ours.manifest.provenance.get("quality")
   result = {
     "output": FLAGS.output,
@@ -132,7 +131,7 @@ def main() -> int:
 
 def _activations(source) -> str:
   """What --activations means with the other flags. Raises InputError for flags that contradict each other."""
-  from jaxfp8.checkpoint.quantized_source import has_inputs
+  from jaxfp8.checkpoint.quantized_source import has_input_scales
 
   automatic = _measures()
   for names, owner, there in (
@@ -146,7 +145,7 @@ def _activations(source) -> str:
   if FLAGS.weights != "fp8" and automatic:
     raise InputError(f"convert: --keep_bf16=auto:N is for --weights=fp8; got --weights={FLAGS.weights}. Leave one of them out.")
   if not FLAGS.calibration_text:
-    return FLAGS.activations or ("static" if has_inputs(source) else "dynamic")
+    return FLAGS.activations or ("static" if has_input_scales(source) else "dynamic")
   if FLAGS.activations not in (None, "static"):
     raise InputError(
       f"convert: --calibration_text gives static scales; got --activations={FLAGS.activations}. Leave one of them out."
@@ -159,10 +158,11 @@ def _activations(source) -> str:
 def _convert(source, activations: str) -> tuple[list[str], list[str], float, float]:
   """Writes the checkpoint: (--keep_bf16 as expressions, notes, seconds of the conversion, seconds of --gate)."""
   from jaxfp8.checkpoint import convert
+  from jaxfp8.checkpoint.quantized_source import default_recipe
   from jaxfp8.progress import Progress
   from jaxfp8.quantization import calibration, quality, quality_gate
 
-  recipe = convert.default_recipe(source, FLAGS.weights, FLAGS.granularity if FLAGS.weights == "fp8" else None)
+  recipe = default_recipe(source, FLAGS.weights, FLAGS.granularity if FLAGS.weights == "fp8" else None)
   held_out = _read(source, "text") if FLAGS.gate or _measures() else None
   training = _read(source, "calibration_text") if FLAGS.calibration_text else None
   if held_out and training and held_out.tokens == training.tokens:
@@ -213,14 +213,14 @@ def _measures() -> bool:
 
 def _kept(source, recipe, held_out: _Text | None, progress) -> list[str]:
   """--keep_bf16 with auto:N made explicit."""
-  from jaxfp8.checkpoint.quantized_source import SourceArrays
+  from jaxfp8.checkpoint.quantized_source import QuantizedSource
   from jaxfp8.quantization import quality, quality_gate
 
   if not _measures():
     return FLAGS.keep_bf16
   for wish in FLAGS.keep_bf16:  # mistakes before minutes of work
     if quality_gate.parse_auto(source, wish) is None:
-      SourceArrays(source, recipe, [wish])
+      QuantizedSource(source, recipe, [wish])
   sizes = min(FLAGS.tokens, COST_TOKENS), min(FLAGS.context, COST_CONTEXT)
   chunks = quality.cut_chunks(held_out.tokens, *sizes, held_out.bos)
   with progress.task("Matrices one at a time") as report:

@@ -166,12 +166,13 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
   """Everything that is printed, as plain values."""
   import jax
 
-  from jaxfp8.checkpoint import convert, readers
+  from jaxfp8.checkpoint import load, readers
+  from jaxfp8.checkpoint.manifest import is_checkpoint
   from jaxfp8.progress import Progress
   from jaxfp8.quantization import quality, quality_gate
 
   path = pathlib.Path(FLAGS.checkpoint) if FLAGS.checkpoint else readers.default_model()
-  if convert.is_checkpoint(path):
+  if is_checkpoint(path):
     raise InputError(f"evaluate: {path} is converted already; what it costs is measured against its source. Pass the source.")
   text, text_name = read_text(FLAGS.text)
   source = readers.open_source(path)
@@ -195,7 +196,7 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
   with Progress() as progress:
     with progress.task(f"Reference in {FLAGS.reference}"):
       plain = Recipe(FLAGS.reference, "channel", FLAGS.reference, FLAGS.reference)
-      base = convert.load_source(source, plain, implementation=FLAGS.implementation)
+      base = load.load_source(source, plain, implementation=FLAGS.implementation)
       reference = quality.Reference(base, chunks)
     result["reference_perplexity"] = _plain(quality.bootstrap(reference.nll, quality.EXP))
     short = quality.cut_chunks(tokens, FLAGS.layer_tokens, min(FLAGS.context, LAYER_CONTEXT), bos)
@@ -242,12 +243,12 @@ class _Models:
     self._last = None
 
   def load(self, recipe: Recipe, rounding: str):
-    from jaxfp8.checkpoint import convert
+    from jaxfp8.checkpoint import load
     from jaxfp8.quantization import calibration
 
     keep = self.keep if recipe.weights == "fp8" else []
     if rounding == "nearest" and not (recipe.activations.is_static or recipe.kv.is_static):
-      return convert.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
+      return load.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
     wanted = recipe.weights, recipe.granularity, rounding
     if self._last is None or self._last[0] != wanted:
       calibrator = calibration.Calibrator(self.source, recipe, self.training, rounding, FLAGS.scales, keep)
@@ -260,12 +261,12 @@ class _Models:
 
 def _score_layers(source, chunks, progress) -> dict:
   """KL divergence and top-1 agreement when one layer's weights are quantized, layer by layer."""
-  from jaxfp8.checkpoint import convert
+  from jaxfp8.checkpoint import load
   from jaxfp8.quantization import quality
 
-  f32 = convert.load_source(source, Recipe("f32", "channel", "f32", "f32"), implementation=FLAGS.implementation)
+  f32 = load.load_source(source, Recipe("f32", "channel", "f32", "f32"), implementation=FLAGS.implementation)
   recipe = Recipe("fp8", FLAGS.layer_granularity, "f32", "f32")
-  quantized = convert.load_source(source, recipe, implementation=FLAGS.implementation)
+  quantized = load.load_source(source, recipe, implementation=FLAGS.implementation)
   reference, lines = quality.Reference(f32, chunks), []
   with progress.task("Layers one at a time") as report:
     for layer in range(source.config.num_layers):

@@ -19,7 +19,7 @@ import time
 
 from absl import flags
 
-from jaxfp8.commands import command
+from jaxfp8.commands import command, profiling
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.distributed.environment import Place
 from jaxfp8.errors import InputError
@@ -73,6 +73,7 @@ _devices(flags.DEFINE_integer, "heartbeat_seconds", 20, "A process of many that 
 
 _execution = Topic("Execution", FLAGS)
 _execution(flags.DEFINE_string, "implementation", "auto", "Which kernels: auto, or the name of one in pallas_kernels.")
+_execution(flags.DEFINE_string, "profile", None, profiling.HELP)
 _execution(flags.DEFINE_bool, "debug_checks", False, "Check page ids, lengths and query starts of every step (slower).")
 _execution(
   flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Where converted weights and programs are kept; empty: nowhere."
@@ -80,7 +81,7 @@ _execution(
 
 
 # Flags that every process has its own of; a checkpoint is compared by what it holds.
-_OWN = {"coordinator", "num_processes", "process_id", "checkpoint", "cache_dir", "prompt", "prompt_file", "debug"}
+_OWN = {"coordinator", "num_processes", "process_id", "checkpoint", "cache_dir", "prompt", "prompt_file", "debug", "profile"}
 
 
 def main() -> int:
@@ -124,7 +125,7 @@ def _run(prompts: list[str], started: float) -> int:
     with progress.task("Compiling"):
       _compile(engine)
   start_seconds = time.perf_counter() - started
-  with debug_checks() if FLAGS.debug_checks else contextlib.nullcontext():
+  with debug_checks() if FLAGS.debug_checks else contextlib.nullcontext(), profiling.write_trace(FLAGS.profile):
     if not hosts.is_first():
       following.follow(engine, None if FLAGS.interactive else requests)
       return 0
@@ -135,6 +136,7 @@ def _run(prompts: list[str], started: float) -> int:
 
 def _read_prompts() -> list[str]:
   """The prompts of --prompt and --prompt_file, after every check that needs no model."""
+  profiling.check_folder("generate", FLAGS.profile)
   if FLAGS.chat and FLAGS.raw:
     raise InputError("generate: --chat and --raw exclude each other. Pass one of them, or neither.")
   if FLAGS.raw and FLAGS.system:
@@ -180,9 +182,9 @@ def _sampling():
 
 
 def _wishes():
-  from jaxfp8.serving.startup import Wishes
+  from jaxfp8.serving.startup import LoadOptions
 
-  return Wishes(
+  return LoadOptions(
     checkpoint=FLAGS.checkpoint,
     weights=FLAGS.weights,
     granularity=FLAGS.granularity,

@@ -38,11 +38,11 @@ _checks(flags.DEFINE_bool, "verify", False, "Compare everything with its checksu
 
 def main() -> int:
   """Runs the command. Raises InputError."""
-  from jaxfp8.checkpoint.manifest import read_raw
-  from jaxfp8.checkpoint.open import CheckpointSource
+  from jaxfp8.checkpoint.open import Checkpoint
   from jaxfp8.progress import Progress
 
-  source, raw = CheckpointSource(FLAGS.checkpoint), read_raw(FLAGS.checkpoint)
+  source = Checkpoint(FLAGS.checkpoint)
+  raw = json.loads(source.manifest.text)
   if FLAGS.verify and not raw.get("checksums"):
     raise InputError(
       f"inspect: {FLAGS.checkpoint} was written without checksums (format version {raw['format_version']}). Convert it again."
@@ -81,10 +81,10 @@ def _read_all(source, raw: dict, report) -> tuple[list[dict], list[str]]:
   """(one line for each array, keys whose checksum differs), an array in memory at a time."""
   from jaxfp8.checkpoint.writer import checksum
 
-  reader, lines, wrong, done = source.reader, [], [], 0
-  total = sum(_size(*value) for value in reader.expected.values())
-  for key, (shape, dtype) in reader.expected.items():
-    array = reader.read_array(key)
+  lines, wrong, done = [], [], 0
+  total = sum(spec.num_bytes for spec in source.expected.values())
+  for key, (shape, dtype) in source.expected.items():
+    array = source.read_array(key)
     line = {"key": key, "dtype": dtype.name, "shape": list(shape), "bytes": _size(shape, dtype)}
     lines.append(line | _figures(key, array))
     if FLAGS.verify and raw["checksums"].get(key) != checksum(array):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.checkpoint import convert, layout
+from jaxfp8.checkpoint import load, stored_arrays
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.errors import InputError
@@ -63,8 +63,8 @@ def judge(
   Returns {"perplexity", "perplexity_ratio", "kl", "top1"}, each {"value", "low", "high"}, with "positions" and "failures", a
   sentence for each limit that is not met.
   """
-  reference = quality.Reference(convert.load_source(source, PLAIN), chunks)
-  found = dataclasses.asdict(quality.Quality.of(reference.score(convert.load(folder)), reference.nll))
+  reference = quality.Reference(load.load_source(source, PLAIN), chunks)
+  found = dataclasses.asdict(quality.Quality.of(reference.score(load.load(folder)), reference.nll))
   failures = (limits or Limits()).failures(name or str(folder), found)
   return {**found, "positions": int(chunks[:, 1:].size), "failures": failures}
 
@@ -102,8 +102,8 @@ def matrix_costs(
       f"quality: what float8 costs in each matrix is measured on weights that are not float8 yet; {source.path} holds float8. "
       "Pass what it was made from, or name matrices by expressions."
     )
-  base = convert.load_source(source, PLAIN)
-  quantized = convert.load_source(source, dataclasses.replace(PLAIN, weights="fp8", granularity=granularity))
+  base = load.load_source(source, PLAIN)
+  quantized = load.load_source(source, dataclasses.replace(PLAIN, weights="fp8", granularity=granularity))
   reference, lines = quality.Reference(base, chunks), []
   for layer in range(source.config.num_layers):
     for matrix in quality.MATRICES:
@@ -146,4 +146,4 @@ def parse_auto(source: Source, wish: str) -> int | None:
 
 
 def _expression(layer: int, merged: str) -> str:
-  return "^(" + "|".join(re.escape(module) for module in layout.merged_modules(layer)[merged]) + ")$"
+  return "^(" + "|".join(re.escape(module) for module in stored_arrays.merged_modules(layer)[merged]) + ")$"

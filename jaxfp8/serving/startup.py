@@ -1,26 +1,34 @@
-"""From a path and some wishes to a model, a tokenizer and an engine's sizes: what every command does before it computes."""
+"""Loads a model and its tokenizer by the options of a command, and chooses the sizes of an engine for some requests.
+
+    open_model(options, progress)  ->  LoadedModel       a source is converted first, into the cache
+    limits_for(model, mesh, lengths)  ->  Limits
+
+Every command does this before it computes. Refuses to know flags.
+"""
 
 import dataclasses
-import json
 import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
 
-from jaxfp8.checkpoint import convert, readers
-from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
+from jaxfp8 import child_process
+from jaxfp8.checkpoint import readers
+from jaxfp8.checkpoint.load import load
+from jaxfp8.checkpoint.manifest import is_checkpoint
+from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
+from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint, fingerprint
-from jaxfp8.distributed import processes as hosts
+from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
 from jaxfp8.progress import Progress
-from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Granularity, Precision, Recipe
 from jaxfp8.serving import memory
 from jaxfp8.serving.engine import sizes_up_to
 from jaxfp8.serving.steps import Limits
@@ -29,13 +37,20 @@ from jaxfp8.text.tokenizer import Tokenizer
 from pallas_kernels import dispatch
 
 MAX_SEQUENCES = 32  # in flight on each data shard; further requests wait
-_MAX_CPU_DEVICES = 64  # they are threads, and each costs milliseconds to start
+_MAX_CPU_DEVICES = 64  # CPU devices are threads, and each takes milliseconds to start
 _FP8_UNITS_SINCE = (8, 9)  # compute capability of the first GPUs that multiply float8
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
-  """What a user asked for; None is "what is usual"."""
+class LoadOptions:
+  """The model that a user asked for.
+
+  checkpoint: a path; None is the default model.
+  weights, granularity, kv: fields of the recipe; None: the checkpoint's own, or for a source the usual ones.
+  activations: a field of the recipe, or "auto".
+  cache_dir: the folder that keeps converted weights; "" converts in memory.
+  needs_tokenizer: refuse a source without a tokenizer before it is converted.
+  """
 
   checkpoint: str | None = None
   weights: str | None = None
@@ -50,8 +65,8 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-  """A loaded model with what belongs to it. `tokenizer` raises InputError for a checkpoint without one."""
+class LoadedModel:
+  """A model with arrays, the mesh that it is cut over, its name for messages, and its tokenizer's files if it has any."""
 
   model: Llama
   mesh: Mesh
@@ -63,6 +78,7 @@ class Opened:
     return self.model.recipe
 
   def tokenizer(self) -> Tokenizer:
+    """Raises InputError for a checkpoint without a tokenizer."""
     if self.tokenizer_files is None:
       raise InputError(
         f"generate: {self.name} has no tokenizer, so it cannot read text. Pass a checkpoint with tokenizer.json, or use the "
@@ -71,61 +87,61 @@ class Opened:
     return Tokenizer(self.tokenizer_files)
 
 
-def open_model(wishes: Wishes, progress: Progress) -> Opened:
-  """Loads a checkpoint, converting it first where it is another project's. Raises InputError for whatever is not right."""
-  require_implementation(wishes.implementation)
-  path = pathlib.Path(wishes.checkpoint) if wishes.checkpoint else readers.default_model()
-  require_devices(wishes.tensor * wishes.data)
-  if is_checkpoint(path):
-    recipe, source = _stored_recipe(path, wishes), None
-  else:
-    source = readers.open_source(path) if not wishes.cache_dir else None
-    own = source_granularity(source) if source else None
-    recipe = _recipe(wishes, wishes.weights or "fp8", wishes.granularity or own or "channel")
-    if wishes.cache_dir:
-      with progress.task("Converting weights") as report:
-        if hosts.count() > 1:
-          path = _convert_apart(path, recipe, wishes)
-        else:
-          path = cached_checkpoint(
-            path, recipe, wishes.cache_dir, report, lambda source: _check_source(source, wishes), wishes.granularity is None
-          )
-      if wishes.granularity is None:
-        recipe = dataclasses.replace(recipe, granularity=read_manifest(path).recipe.granularity)
-  config = source.config if source else read_manifest(path).config
-  if hosts.count() > 1:
-    hosts.require_same({"checkpoint": fingerprint(path), "recipe": dataclasses.asdict(recipe)})
-  mesh = make_mesh(config, wishes.tensor, wishes.data)
+def open_model(options: LoadOptions, progress: Progress) -> LoadedModel:
+  """Loads a checkpoint; one of another project is converted first. Raises InputError for unusable options or files."""
+  require_implementation(options.implementation)
+  require_devices(options.tensor * options.data)
+  checkpoint, recipe = _open(options, progress)
+  if processes.count() > 1:
+    processes.require_same({"checkpoint": fingerprint(checkpoint), "recipe": dataclasses.asdict(recipe)})
+  mesh = make_mesh(checkpoint.config, options.tensor, options.data)
   with progress.task("Loading weights"):
-    if source:
-      model = convert.load_source(source, recipe, mesh=mesh, implementation=wishes.implementation)
-      files = convert.tokenizer_of(source)
+    model = load(checkpoint, recipe, mesh=mesh, implementation=options.implementation)
+  return LoadedModel(model, mesh, str(options.checkpoint or checkpoint.config.name), checkpoint.find_tokenizer())
+
+
+def _open(options: LoadOptions, progress: Progress) -> tuple[Source, Recipe]:
+  """The opened checkpoint to load (a source only without a cache), and the recipe to run in."""
+  path = pathlib.Path(options.checkpoint or readers.default_model()).absolute()
+  if is_checkpoint(path):
+    checkpoint = Checkpoint(path)
+    return checkpoint, _stored_recipe(checkpoint, options)
+  if not options.cache_dir:
+    source = readers.open_source(path)
+    granularity = options.granularity or source_granularity(source) or Granularity.CHANNEL
+    return source, _recipe(options, options.weights or Precision.FP8, granularity)
+  recipe = _recipe(options, options.weights or Precision.FP8, options.granularity or Granularity.CHANNEL)
+  with progress.task("Converting weights") as report:
+    if processes.count() > 1:
+      checkpoint = _convert_in_child(path, recipe, options)
     else:
-      model = convert.load(path, recipe, mesh=mesh, implementation=wishes.implementation)
-      files = read_manifest(path).tokenizer
-  return Opened(model, mesh, str(wishes.checkpoint or config.name), files)
+      checkpoint = cached_checkpoint(
+        path,
+        recipe,
+        options.cache_dir,
+        progress=report,
+        check=lambda source: _check_source(source, options),
+        keep_granularity=options.granularity is None,
+      )
+  if options.granularity is None:
+    recipe = dataclasses.replace(recipe, granularity=checkpoint.manifest.recipe.granularity)
+  return checkpoint, recipe
 
 
-def _convert_apart(path: pathlib.Path, recipe: Recipe, wishes: Wishes) -> pathlib.Path:
-  """`cached_checkpoint` in a process that is none of many (conversion_child.py says why)."""
-  what = {name: getattr(wishes, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
-  what |= {"path": str(path), "recipe": dataclasses.asdict(recipe), "own_granularity": wishes.granularity is None}
-  command = [sys.executable, "-m", "jaxfp8.commands.conversion_child", json.dumps(what)]
-  ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8")
-  try:
-    answer = json.loads(ran.stdout.splitlines()[-1])
-  except (ValueError, IndexError) as error:
-    why = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
-    raise InputError(f"generate: converting {path} failed ({why}). Convert it on one host and pass the result.") from error
-  if "error" in answer:
-    raise InputError(answer["error"])
-  return pathlib.Path(answer["folder"])
+def _convert_in_child(path: pathlib.Path, recipe: Recipe, options: LoadOptions) -> Checkpoint:
+  """`cached_checkpoint` in a child process that belongs to no group of processes (conversion_child.py says why)."""
+  request = {name: getattr(options, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
+  request |= {"path": str(path), "recipe": dataclasses.asdict(recipe), "keep_granularity": options.granularity is None}
+  reply = child_process.ask(child_process.Child.CONVERSION, request)
+  if not reply.answers:
+    raise InputError(f"generate: converting {path} failed: {reply.failure}. Convert it on one host and pass the result.")
+  return Checkpoint(reply.answers[0]["folder"])
 
 
-def _check_source(source: readers.Source, wishes: Wishes) -> None:
-  """What would be refused after the conversion is refused before it."""
-  make_mesh(source.config, wishes.tensor, wishes.data)
-  if wishes.needs_tokenizer:
+def _check_source(source: Source, options: LoadOptions) -> None:
+  """Raises before the conversion the InputErrors that would be raised after it."""
+  make_mesh(source.config, options.tensor, options.data)
+  if options.needs_tokenizer:
     Tokenizer(source.tokenizer)
 
 
@@ -139,29 +155,32 @@ def require_implementation(name: str) -> None:
 
 
 def require_devices(count: int) -> None:
-  """As many CPU devices as this process's part is, before JAX starts; GPUs are what they are (see sharding.make_mesh)."""
+  """Makes JAX start with this process's share of `count` CPU devices; the number of GPUs cannot be chosen.
+
+  Raises InputError for a count that the processes cannot share, or that is too large for a CPU.
+  """
   if count > _MAX_CPU_DEVICES and os.environ.get("JAX_PLATFORMS") == "cpu":
     raise InputError(f"mesh: --tensor times --data must be at most {_MAX_CPU_DEVICES} on a CPU; got {count}. Use fewer.")
-  if count % hosts.count():
+  if count % processes.count():
     raise InputError(
-      f"mesh: --tensor times --data must be a multiple of the {hosts.count()} processes; got {count}. Use other sizes."
+      f"mesh: --tensor times --data must be a multiple of the {processes.count()} processes; got {count}. Use other sizes."
     )
-  count //= hosts.count()
+  count //= processes.count()
   if (
     count > 1
     and os.environ.get("JAX_PLATFORMS") == "cpu"
     and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   ):
     jax.config.update("jax_num_cpu_devices", count)
-  if hosts.count() > 1:
-    jax.devices()  # waits for all processes, and one that converts weights needs devices while another may not
+  if processes.count() > 1:
+    jax.devices()  # waits for all processes: one may convert weights, which needs devices, while another does not
 
 
 def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:
-  """Programs and a pool that run these requests, each (prompt tokens, new tokens), without compiling on the way.
+  """Limits of an engine that runs these requests, each (prompt tokens, new tokens), without compiling meanwhile.
 
-  Pages are rounded up to few different sizes, so that the next run, a little longer, finds its programs compiled.
-  A pool that does not fit into memory is cut to what does, and said so: sequences then wait or are computed again.
+  Pages are rounded up to few different sizes, so that the next, slightly longer run finds its programs compiled. A pool that
+  exceeds the free memory is cut, with a sentence on stderr: sequences then wait or are preempted.
   """
   shards = mesh.devices.shape[0]
   context = model.config.max_context
@@ -191,7 +210,7 @@ def _rounded(pages: int) -> int:
 
 
 def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
-  """`pages` rounded up, or what nine tenths of the free memory hold; never fewer than `least`, which the engine refuses."""
+  """`pages` rounded up, or as many as fit into nine tenths of the free memory; at least `least`, which the engine refuses."""
   fitting = memory.room_for_pages(model, mesh, 0.9)
   if fitting < least:
     return least
@@ -203,24 +222,26 @@ def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
   return min(_rounded(pages), fitting)
 
 
-def _stored_recipe(path: pathlib.Path, wishes: Wishes) -> Recipe:
-  """A checkpoint's own weights, with the activations and the KV cache that are asked for."""
-  stored = read_manifest(path).recipe
-  recipe = _recipe(wishes, wishes.weights or stored.weights, wishes.granularity or stored.granularity)
-  if wishes.activations == "auto" and recipe.activations == stored.activation_dtype:
-    recipe = dataclasses.replace(recipe, activations=stored.activations)  # static scales, where they are stored
+def _stored_recipe(checkpoint: Checkpoint, options: LoadOptions) -> Recipe:
+  """The recipe of the checkpoint's own weights, with the activations and the KV cache of the options."""
+  stored = checkpoint.manifest.recipe
+  recipe = _recipe(options, options.weights or stored.weights, options.granularity or stored.granularity)
+  if options.activations == "auto" and recipe.activations == stored.activation_dtype:
+    recipe = dataclasses.replace(recipe, activations=stored.activations)  # static scales, if they are stored
   return recipe
 
 
-def _recipe(wishes: Wishes, weights: str, granularity: str) -> Recipe:
-  activations = wishes.activations
+def _recipe(options: LoadOptions, weights: str, granularity: str) -> Recipe:
+  activations: str = options.activations
   if activations == "auto":
-    activations = "f32" if weights == "f32" else "fp8" if weights == "fp8" and _has_fp8_units() else "bf16"
-  kv = wishes.kv or ("f32" if weights == "f32" else "bf16")
+    is_fp8 = weights == Precision.FP8 and _has_fp8_units()
+    activations = Precision.F32 if weights == Precision.F32 else Precision.FP8 if is_fp8 else Precision.BF16
+  kv = options.kv or (Precision.F32 if weights == Precision.F32 else Precision.BF16)
   return Recipe(weights=weights, granularity=granularity, activations=activations, kv=kv)
 
 
 def _has_fp8_units() -> bool:
+  """Whether the default device multiplies float8."""
   device = jax.local_devices()[0]
   if device.platform == "cpu":
     return False

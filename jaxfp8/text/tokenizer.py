@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 from jaxfp8.text.chat_template import ChatTemplate
@@ -40,9 +41,7 @@ class Tokenizer:
 
     Raises InputError where there is none.
     """
-    from jaxfp8.checkpoint.convert import read_tokenizer  # needs jax, which text does not
-
-    files = read_tokenizer(path)
+    files = open_checkpoint(path).find_tokenizer()
     if files is None:
       raise InputError(f"tokenizer: {path} has none, so it cannot read text. Pass a checkpoint with tokenizer.json.")
     return cls(files)

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 import jaxfp8
 from jaxfp8.checkpoint import convert, export, readers
 from jaxfp8.checkpoint.manifest import WRITING
-from jaxfp8.checkpoint.open import CheckpointSource
+from jaxfp8.checkpoint.open import Checkpoint
+from jaxfp8.checkpoint.quantized_source import QuantizedSource
 from jaxfp8.commands import command
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -36,8 +37,9 @@ CONFIG = tiny_models.make_config("gqa_9_3_untied")
 SLOW = """
 import sys, time
 from jaxfp8.checkpoint import convert
-convert._WRITE_BYTES, read = 0, convert.SourceArrays.read
-convert.SourceArrays.read = lambda *args: time.sleep(0.05) or read(*args)
+from jaxfp8.checkpoint.quantized_source import QuantizedSource
+convert._WRITE_BYTES, read = 0, QuantizedSource.read
+QuantizedSource.read = lambda *args: time.sleep(0.05) or read(*args)
 convert.convert_checkpoint(sys.argv[1], sys.argv[2], resume="resume" in sys.argv)
 """
 
@@ -77,8 +79,8 @@ def process(name, *args, **options) -> subprocess.CompletedProcess:
 
 def contents(folder):
   """Every array of a checkpoint, as bytes."""
-  source = CheckpointSource(folder)
-  return {key: source.reader.read_array(key).tobytes() for key in source.reader.expected}
+  source = Checkpoint(folder)
+  return {key: source.read_array(key).tobytes() for key in source.expected}
 
 
 def leavings(folder):
@@ -103,12 +105,12 @@ class TestWholeOrNotThere:
       assert self.kill_after(source, output, groups, "resume") == -signal.SIGKILL
       assert not output.exists() and self.groups(output) >= groups
     read = []
-    original = convert.SourceArrays.read
-    convert.SourceArrays.read = lambda self, keys: read.extend(keys) or original(self, keys)
+    original = QuantizedSource.read
+    QuantizedSource.read = lambda self, keys: read.extend(keys) or original(self, keys)
     try:
       convert.convert_checkpoint(source, output, resume=True)
     finally:
-      convert.SourceArrays.read = original
+      QuantizedSource.read = original
     assert contents(output) == contents(tmp_path / "truth")
     assert 0 < len(read) < len(contents(output)) - 12
     assert leavings(output) == []
@@ -124,7 +126,7 @@ class TestWholeOrNotThere:
     output = tmp_path / "out"
     assert self.kill_after(source, output, 2) == -signal.SIGKILL
     convert.convert_checkpoint(source, output, Recipe("fp8", "block128"), resume=True)
-    assert CheckpointSource(output).granularity("model.layers.0.mlp.up_proj.weight") == "block128"
+    assert Checkpoint(output).granularity("model.layers.0.mlp.up_proj.weight") == "block128"
     assert leavings(output) == []
 
   def test_a_group_that_the_journal_does_not_know_is_written_again(self, source, tmp_path):
@@ -160,7 +162,7 @@ class TestWholeOrNotThere:
 class TestOptions:
   def test_keep_bf16(self, source, tmp_path):
     arrays = jaxfp8.convert_checkpoint(source, tmp_path / "out", keep_bf16=(r"layers\.0\.mlp", "1.self_attn.v_proj"))
-    ours = CheckpointSource(tmp_path / "out")
+    ours = Checkpoint(tmp_path / "out")
     plain = {name for name in ours.names() if "_proj" in name and not ours.granularity(name)}
     mlp = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     assert plain == mlp | {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"}
@@ -180,7 +182,7 @@ class TestOptions:
     folder, _, _ = dialect_files.write(tmp_path / "with_scales", CONFIG, extra=extra)
     for activations, count in (("static", 21), ("dynamic", 0), ("none", 0)):
       convert.convert_checkpoint(folder, tmp_path / activations, activations=activations)
-      assert len(CheckpointSource(tmp_path / activations).static_scales()) == count
+      assert len(Checkpoint(tmp_path / activations).static_scales()) == count
     with pytest.raises(InputError, match=r"has none\. Pass activations=dynamic"):
       convert.convert_checkpoint(source, tmp_path / "x", activations="static")
 
@@ -189,12 +191,12 @@ class TestOptions:
     convert.convert_checkpoint(source, tmp_path / "bf16", Recipe("bf16"))
     convert.convert_checkpoint(tmp_path / "bf16", tmp_path / "fp8", Recipe("fp8", "block128"))
     wide = {n: np.asarray(readers.open_source(source).read(n)) for n in ("model.layers.0.mlp.up_proj.weight",)}
-    ours = CheckpointSource(tmp_path / "fp8")
+    ours = Checkpoint(tmp_path / "fp8")
     for name, weight in wide.items():
       value, scale = dialect_files.quantize(weight.astype(ml_dtypes.bfloat16).astype(np.float32), "block")
       assert ours.read(name).tobytes() == value.tobytes() and ours.read_scale(name).tobytes() == scale.tobytes()
     convert.convert_checkpoint(tmp_path / "fp8", tmp_path / "again", keep_bf16=("layers.2",))
-    again = CheckpointSource(tmp_path / "again")
+    again = Checkpoint(tmp_path / "again")
     assert again.read(name).tobytes() == ours.read(name).tobytes() and again.granularity(name) == "block128"
     assert again.granularity("model.layers.2.mlp.up_proj.weight") is None
 
@@ -225,7 +227,7 @@ class TestTools:
     result = json.loads(ran.out.splitlines()[-1])
     assert result["verified"] and result["bytes"] == sum(line["bytes"] for line in result["tensors"])
     line = next(line for line in result["tensors"] if line["key"] == "model.layers.1.mlp.up_proj.weight[F,D]")
-    weight = CheckpointSource(converted[0]).read("model.layers.1.mlp.up_proj.weight").astype(np.float32)
+    weight = Checkpoint(converted[0]).read("model.layers.1.mlp.up_proj.weight").astype(np.float32)
     assert line["saturated"] == np.mean(np.abs(weight) == 448) > 0 and line["zero"] == np.mean(weight == 0)
     assert "tensor=3" in ran.out and "all equal" in ran.out and "model.layers.0.mlp.up_proj.scale[F]" in ran.out
     model = tiny_llamas.load(CONFIG, Recipe("fp8", "channel"), mesh=make_mesh(CONFIG, 3))
@@ -297,7 +299,7 @@ class TestQuality:
 
   def divergence(self, folder, output) -> float:
     """KL of what lies in a checkpoint from its source, by numpy in float64."""
-    source, ours = readers.open_source(folder / "source"), CheckpointSource(output)
+    source, ours = readers.open_source(folder / "source"), Checkpoint(output)
     plain = {name: source.read(name).astype(np.float64) for name in source.names()}
     stored = {name: ours.read(name).astype(np.float64) for name in ours.names()}
     stored |= {name: w * ours.read_scale(name)[:, None] for name, w in stored.items() if ours.granularity(name)}
@@ -324,13 +326,13 @@ class TestQuality:
     assert list(tmp_path.iterdir()) == []
 
   def test_the_gate_reads_what_was_written(self, folder, tmp_path, monkeypatch):
-    read = convert.SourceArrays.read
+    read = QuantizedSource.read
 
     def spoilt(self, keys):
       arrays = read(self, keys)
       return arrays if self.recipe.weights != "fp8" else {k: a * 0 if "norm" in k else a for k, a in arrays.items()}
 
-    monkeypatch.setattr(convert.SourceArrays, "read", spoilt)
+    monkeypatch.setattr(QuantizedSource, "read", spoilt)
     ran = self.convert(folder, tmp_path / "out", "--gate", f"--text={folder / 'text.txt'}", *SHORT)
     assert ran.code == 1 and "KL divergence must be" in ran.err and not (tmp_path / "out").exists()
 
@@ -339,13 +341,13 @@ class TestQuality:
     output, args = tmp_path / "out", ("--resume", "--gate", f"--text={folder / 'text.txt'}", *SHORT)
     assert self.convert(folder, output, *args, "--max_kl=1e-6").code == 1
     assert leavings(output) and not output.exists()
-    read = convert.SourceArrays.read
+    read = QuantizedSource.read
 
     def no_second_time(self, keys):
       assert self.recipe.weights != "fp8", "is written already"
       return read(self, keys)
 
-    monkeypatch.setattr(convert.SourceArrays, "read", no_second_time)
+    monkeypatch.setattr(QuantizedSource, "read", no_second_time)
     ran = self.convert(folder, output, *args)
     assert ran.code == 0 and leavings(output) == [], ran.err
     assert tool("inspect_checkpoint", output, "--verify", "--json").code == 0
@@ -357,7 +359,7 @@ class TestQuality:
     keep = ("--keep_bf16=auto:1", r"--keep_bf16=layers\.2\.self_attn\.o_proj")
     ran = self.convert(folder, tmp_path / "out", *keep, *limits, text, *SHORT)
     assert ran.code == 0, ran.err
-    ours = CheckpointSource(tmp_path / "out")
+    ours = Checkpoint(tmp_path / "out")
     plain = {name for name in ours.names() if "_proj" in name and not ours.granularity(name)}
     assert plain == {*COSTLY, "model.layers.2.self_attn.o_proj.weight"}
     assert len(json.loads(ran.out.splitlines()[-1])["keep_bf16"]) == 2
@@ -374,7 +376,7 @@ class TestQuality:
     recipe = Recipe("fp8", "channel", "fp8_static", "fp8_static")
     calibration.calibrate(source.path, tmp_path / "truth", np.array(rows, np.int32), recipe, keep_bf16=("up_proj",))
     assert contents(tmp_path / "out") == contents(tmp_path / "truth")
-    ours = CheckpointSource(tmp_path / "out")
+    ours = Checkpoint(tmp_path / "out")
     assert ours.manifest.recipe == recipe and len(ours.static_scales()) == 7 * CONFIG.num_layers
     about = ours.manifest.provenance
     assert about["calibration"]["tokens"] == 512 and about["calibration"]["text"].startswith("other.txt (sha256 ")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxfp8.checkpoint import convert, readers
+from jaxfp8.checkpoint import convert, load, readers
 from jaxfp8.checkpoint.manifest import read_manifest
-from jaxfp8.checkpoint.open import CheckpointSource
+from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
@@ -199,7 +199,7 @@ def test_logits_are_those_of_the_dequantized_weights(dialect):
   truth = numpy_llama.forward(config, meaning, tokens)
   dequantized = [tiny_llamas.F32] if name in ("fbgemm_fp8", "modelopt FP8_PB_WO") else []
   for recipe in (Recipe("fp8", granularity, "f32", "f32"), *dequantized):
-    logits, _ = tiny_llamas.run_pieces(convert.load_source(source, recipe), tokens, [24])
+    logits, _ = tiny_llamas.run_pieces(load.load_source(source, recipe), tokens, [24])
     assert np.abs(logits - truth).max() < LIMIT * max(1, np.abs(truth).max() / 10)
 
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_keeps_every_bit(dialect, tmp_path):
   """Values and scales on disk are those of the source, one scale a channel where it had one a tensor, bf16 scales upcast."""
   config, folder, tensors, _, granularity, name, static = dialect
   convert.convert_checkpoint(folder, tmp_path / "ours", activations="dynamic" if not static else None)
-  ours = CheckpointSource(tmp_path / "ours")
+  ours = Checkpoint(tmp_path / "ours")
   assert ours.manifest.provenance["dialect"] == name and ours.manifest.recipe.granularity == granularity
   for weight in ours.names():
     array = ours.read(weight)
@@ -241,10 +241,10 @@ class TestOwnLibraries:
     assert source.notes == () and source_granularity(source) == EXPECTED[name][0] and source.dialect == EXPECTED[name][1]
     recipe = Recipe("fp8", source_granularity(source), "f32", "f32")
     tokens = golden["tokens"]
-    logits, _ = tiny_llamas.run_pieces(convert.load_source(source, recipe), tokens, [len(tokens)])
+    logits, _ = tiny_llamas.run_pieces(load.load_source(source, recipe), tokens, [len(tokens)])
     assert np.abs(logits - golden["logits"]).max() < LIMIT
     convert.convert_checkpoint(source, tmp_path / "ours", recipe)
-    again, _ = tiny_llamas.run_pieces(convert.load(tmp_path / "ours"), tokens, [len(tokens)])
+    again, _ = tiny_llamas.run_pieces(load.load(tmp_path / "ours"), tokens, [len(tokens)])
     np.testing.assert_array_equal(again, logits)
     assert len(source.static_scales()) == EXPECTED[name][2]
 
@@ -278,16 +278,16 @@ def test_parts_of_a_merged_matrix_that_differ(tmp_path):
   exceptions = read_manifest(tmp_path / "ours").exceptions
   assert exceptions["model.layers.0.self_attn.q_proj"] == "channel" and exceptions["model.layers.1.mlp.down_proj"] == "block128"
   assert exceptions["lm_head"] == "channel" and "model.layers.0.mlp.up_proj" not in exceptions
-  assert any("q_proj" in note and "widened" in note for note in arrays.notes)
-  ours = CheckpointSource(tmp_path / "ours")
+  assert any("q_proj" in note and "dequantized" in note for note in arrays.notes)
+  ours = Checkpoint(tmp_path / "ours")
   for name in ours.names():
     if tensors[name].dtype == dialect_files.FLOAT8:
       assert ours.read(name).tobytes() == tensors[name].tobytes()
   tokens = tiny_models.make_tokens(config, 30)
   truth = numpy_llama.forward(config, meaning, tokens)
-  logits, _ = tiny_llamas.run_pieces(convert.load(tmp_path / "ours"), tokens, [30])
+  logits, _ = tiny_llamas.run_pieces(load.load(tmp_path / "ours"), tokens, [30])
   assert np.abs(logits - truth).max() < LIMIT
-  again, _ = tiny_llamas.run_pieces(convert.load(folder, Recipe("fp8", "channel", "f32", "f32")), tokens, [30])
+  again, _ = tiny_llamas.run_pieces(load.load(folder, Recipe("fp8", "channel", "f32", "f32")), tokens, [30])
   np.testing.assert_array_equal(again, logits)
 
 
@@ -382,7 +382,7 @@ def test_bad_scales(value, says, tmp_path):
   _edit(lambda t: t[Q + ".weight_scale"].__setitem__(3, value))(folder)
   source = readers.open_source(folder)
   with pytest.raises(InputError, match=rf"{says}.*{Q}\.weight_scale"):
-    convert.load_source(source, Recipe("fp8", "channel"))
+    load.load_source(source, Recipe("fp8", "channel"))
 
 
 @pytest.mark.parametrize("shape", [(2,), (5, 1), (0,)])

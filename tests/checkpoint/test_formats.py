@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint import layout
-from jaxfp8.checkpoint.convert import SourceArrays
-from jaxfp8.checkpoint.device_arrays import fill, whole_arrays
+from jaxfp8.checkpoint import stored_arrays
+from jaxfp8.checkpoint.device_arrays import load_arrays, whole_arrays
+from jaxfp8.checkpoint.quantized_source import QuantizedSource
 from jaxfp8.errors import InputError
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
@@ -117,15 +117,15 @@ class TestSegments:
     arrays = {}
     for dtype in ("f32", "bf16", "fp8"):
       uniform = Recipe(dtype, granularity, "f32", "f32")
-      reader = SourceArrays(tiny_llamas.source(config, weights), uniform)
-      for layer, group in enumerate(layout.checkpoint_arrays(config, uniform, reader.formats)[1:]):
-        for merged, matrices in layout._MATRICES.items():
+      reader = QuantizedSource(tiny_llamas.source(config, weights), uniform)
+      for layer, group in enumerate(stored_arrays.checkpoint_arrays(config, uniform, reader.formats)[1:]):
+        for merged, matrices in stored_arrays.MERGED_MATRICES.items():
           if getattr(self.FORMATS[layer], merged) == dtype:
             keys = tuple(key for key in group if any(matrix in key for matrix in matrices))
             arrays |= reader.read(keys)
         arrays |= reader.read(tuple(key for key in group if "layernorm" in key))
-      arrays |= reader.read((layout.EMBEDDING, layout.HEAD, layout.FINAL_NORM)) if dtype == "f32" else {}
-    fill(model, whole_arrays(lambda keys: {key: arrays[key] for key in keys}), None)
+      arrays |= reader.read((stored_arrays.EMBEDDING, stored_arrays.HEAD, stored_arrays.FINAL_NORM)) if dtype == "f32" else {}
+    load_arrays(model, whole_arrays(lambda keys: {key: arrays[key] for key in keys}), None)
     logits, _ = tiny_llamas.run_pieces(model, tokens, [40, 30], pad_to=40)
 
     rounded = dict(weights)

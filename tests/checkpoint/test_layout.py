@@ -1,41 +1,14 @@
 """Where each number of a checkpoint stands in a model's merged weights, on one device and cut over several."""
 
-import dataclasses
-import functools
-
 import jax
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint import convert, layout
-from jaxfp8.recipe import Recipe
+from jaxfp8.checkpoint import layout, stored_arrays
+from jaxfp8.checkpoint.quantized_source import QuantizedSource
 from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
-
-RECIPES = {
-  "channel": Recipe("fp8", "channel"),
-  "tensor": Recipe("fp8", "tensor", "f32"),
-  "block128": Recipe("fp8", "block128", kv="fp8"),
-  "bf16": Recipe("bf16"),
-  "f32": Recipe("f32", kv="f32"),
-}
-# H = 96 and F = 300: heads and columns that are no whole blocks; D = 200 in one block and a part.
-BLOCKS = dataclasses.replace(
-  tiny_models.make_config("gqa_6_2_linear"), d_model=200, d_ff=300, num_heads=4, num_kv_heads=2, head_dim=96, name="blocks"
-)
-CONFIGS = {
-  "odd_tied": tiny_models.make_config("mha_tied"),
-  "untied": tiny_models.make_config("gqa_9_3_untied"),
-  "blocks": BLOCKS,
-  "whole_blocks": dataclasses.replace(BLOCKS, head_dim=128),
-  "groups": dataclasses.replace(BLOCKS, num_heads=12, num_kv_heads=4, head_dim=10),
-  "groups_of_blocks": dataclasses.replace(BLOCKS, num_heads=12, num_kv_heads=4, head_dim=128),
-}
-
-
-@functools.cache
-def model_of(config, recipe):
-  return tiny_llamas.load(CONFIGS[config], RECIPES[recipe])
+from tests.helpers.checkpoint_cases import BLOCKS, CONFIGS, RECIPES, model_of
 
 
 class TestLayout:
@@ -44,10 +17,10 @@ class TestLayout:
   def test_split_undoes_merge(self, config, recipe):
     """Every array of the checkpoint goes into the merged weights and comes out again, bit for bit."""
     model = model_of(config, recipe)
-    source = convert.SourceArrays(tiny_llamas.source(CONFIGS[config]), RECIPES[recipe])
-    groups = layout.checkpoint_arrays(model.config, model.recipe, tuple(model.formats))
+    source = QuantizedSource(tiny_llamas.source(CONFIGS[config]), RECIPES[recipe])
+    groups = stored_arrays.checkpoint_arrays(model.config, model.recipe, tuple(model.formats))
     for layer, group in enumerate(groups[1:]):
-      split, wanted = layout.split_layer(model, layer), source.read(tuple(group))
+      split, wanted = layout.unmerge_layer(model, layer), source.read(tuple(group))
       assert split.keys() == wanted.keys() == group.keys()
       for key, (shape, dtype) in group.items():
         assert (split[key].shape, split[key].dtype) == (shape, dtype), key
@@ -57,7 +30,7 @@ class TestLayout:
     """What stands in the arrays, by numpy."""
     weights = tiny_models.make_weights(BLOCKS)
     for name, recipe in RECIPES.items():
-      arrays = convert.SourceArrays(tiny_llamas.source(BLOCKS, weights), recipe)
+      arrays = QuantizedSource(tiny_llamas.source(BLOCKS, weights), recipe)
       key = "model.layers.1.self_attn.k_proj.weight[KH,D]"
       scale = {"block128": "scale[KH/128,D/128]"}.get(name, "scale[KH]")
       keys = (key, key.replace("weight[KH,D]", scale)) if recipe.weights == "fp8" else (key,)

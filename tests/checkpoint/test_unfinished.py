@@ -15,6 +15,8 @@ from jaxfp8.commands import command as cli
 from jaxfp8.recipe import Recipe
 from tests.helpers import commands, tiny_models
 
+pytestmark = pytest.mark.process
+
 CONFIG = tiny_models.make_config("mha_tied")
 
 

@@ -1,6 +1,5 @@
 """Converted weights between runs: used when they are right, made again when they are not, never half there."""
 
-import functools
 import os
 import signal
 import time
@@ -8,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint import convert, readers, weights_cache
+from jaxfp8.checkpoint import convert, load, readers, weights_cache
 from jaxfp8.checkpoint import quantized_source as source_arrays
 from jaxfp8.checkpoint.manifest import WRITING
 from jaxfp8.commands import command as cli
@@ -16,6 +15,8 @@ from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
 from tests.helpers import commands, tiny_models
 from tests.helpers.commands import CHAIN
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +38,7 @@ def cache(tmp_path):
 @pytest.fixture
 def convert_chain(chain, cache):
   """What every command does with a source, without computing; gives the converted folder."""
-  return functools.partial(weights_cache.cached_checkpoint, chain, Recipe(), cache)
+  return lambda **options: weights_cache.cached_checkpoint(chain, Recipe(), cache, **options).path
 
 
 SLOW_CONVERSION = """
@@ -45,12 +46,13 @@ import sys, time
 from absl import flags
 from jaxfp8.checkpoint import convert
 from jaxfp8.commands import command as cli
+from jaxfp8.checkpoint.quantized_source import QuantizedSource
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint
 from jaxfp8.recipe import Recipe
 
-read, convert._WRITE_BYTES = convert.SourceArrays.read, 0
-convert.SourceArrays.read = lambda *args: time.sleep(0.5) or read(*args)
-main = lambda: print(cached_checkpoint(sys.argv[1], Recipe(), sys.argv[2]))
+read, convert._WRITE_BYTES = QuantizedSource.read, 0
+QuantizedSource.read = lambda *args: time.sleep(0.5) or read(*args)
+main = lambda: print(cached_checkpoint(sys.argv[1], Recipe(), sys.argv[2]).path)
 cli.run(cli.Command("slow", main, flags.FlagValues()), [])
 """
 
@@ -93,7 +95,7 @@ def test_other_content_is_converted_again(convert_chain, chain, cache, monkeypat
 
 def test_other_recipes_have_folders_of_their_own(chain, cache):
   recipes = [Recipe(), Recipe(granularity="tensor"), Recipe(weights="bf16"), Recipe(kv="fp8"), Recipe(activations="bf16")]
-  folders = [weights_cache.cached_checkpoint(chain, recipe, cache) for recipe in recipes]
+  folders = [weights_cache.cached_checkpoint(chain, recipe, cache).path for recipe in recipes]
   assert len(set(folders[:3])) == 3
   assert set(folders[3:]) == {folders[0]}  # which change no weight
 
@@ -144,7 +146,7 @@ def test_damaged_checkpoints_are_made_again(convert_chain, cache, capsys, how):
   assert convert_chain() == folder
   assert capsys.readouterr().err == f"cache: {folder} is damaged; the source is converted again.\n"
   assert {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}.keys() == good.keys()
-  assert convert.load(folder).config.name == "chain"
+  assert load.load(folder).config.name == "chain"
   assert _folders(cache) == [folder]
 
 
@@ -153,7 +155,7 @@ def test_a_users_damaged_checkpoint_is_a_sentence(convert_chain, tmp_path, how):
   folder = convert_chain().rename(tmp_path / "mine")
   _damage(how, folder)
   with pytest.raises(InputError, match=r"^(checkpoint|readers): .*mine .*\. ?[A-Z][a-z].*\.$"):
-    convert.load(folder)
+    load.load(folder)
   assert folder.exists()
 
 
@@ -221,7 +223,7 @@ def test_two_processes_convert_once(chain, cache):
   both = [commands.end(process) for process in processes]
   (folder,) = _folders(cache)
   assert [(ran.code, ran.out, ran.err) for ran in both] == [(0, f"{folder}\n", "")] * 2
-  assert convert.load(folder).config.name == "chain"
+  assert load.load(folder).config.name == "chain"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])

@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 
 from jaxfp8.checkpoint import weights_cache
-from jaxfp8.checkpoint.load import save
+from jaxfp8.checkpoint.open import open_checkpoint
+from jaxfp8.checkpoint.save import save
 from jaxfp8.commands import command
 from jaxfp8.commands import generate as generate_command
 from jaxfp8.distributed import environment as cluster
@@ -28,6 +29,8 @@ from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
 from jaxfp8.serving.steps import Limits
 from tests.helpers import commands, tiny_llamas, tiny_models
+
+pytestmark = pytest.mark.process
 
 # Eight devices cut it into kv = 4 and group = 2; V = 103 and F = 91 divide by nothing.
 CONFIG = dataclasses.replace(
@@ -268,7 +271,7 @@ class TestOneProcess:
       tiny_models.write_hf_folder(tmp_path / name, CONFIG, weights)
     weights["lm_head.weight"][-1, -1] += 1
     tiny_models.write_hf_folder(tmp_path / "c", CONFIG, weights)
-    a, b, c = (weights_cache.fingerprint(tmp_path / name) for name in "abc")
+    a, b, c = (weights_cache.fingerprint(open_checkpoint(tmp_path / name)) for name in "abc")
     assert a == b != c
     converted = [
       weights_cache.fingerprint(weights_cache.cached_checkpoint(tmp_path / name, Recipe("bf16"), tmp_path / f"cache-{name}"))

@@ -20,7 +20,7 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, PROCESS, cluster_detection_me
 from flax import nnx  # noqa: E402
 
 import jaxfp8  # noqa: E402
-from jaxfp8.checkpoint import load as checkpoint  # noqa: E402
+from jaxfp8.checkpoint.open import Checkpoint  # noqa: E402
 from jaxfp8.serving import memory  # noqa: E402
 from tests.distributed import test_processes as test_hosts  # noqa: E402
 
@@ -34,8 +34,8 @@ for name, (tensor, data) in test_hosts.MESHES.items():
   result[f"local bytes of {name}"] = sum(
     shard.data.nbytes for leaf in jax.tree.leaves(engine.steps._weights) for shard in leaf.addressable_shards
   )
-read, asked = checkpoint.CheckpointReader.read, []
-checkpoint.CheckpointReader.read = lambda self, ranges: asked.extend(done := read(self, ranges)) or done
+read, asked = Checkpoint.read_ranges, []
+Checkpoint.read_ranges = lambda self, ranges: asked.extend(done := read(self, ranges)) or done
 wide = jaxfp8.load(FOLDER, mesh=jaxfp8.make_mesh(test_hosts.CONFIG, tensor=8))
 result["rows and columns of tensor 8"] = sum(r.stop - r.start for r in asked)
 result["local bytes of tensor 8"] = sum(

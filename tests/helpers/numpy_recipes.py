@@ -11,6 +11,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
+from jaxfp8.checkpoint import load
 from jaxfp8.config import LlamaConfig
 from jaxfp8.recipe import Recipe
 from tests.helpers import numpy_llama
@@ -125,7 +126,7 @@ class Comparison:
   """The default model over a few chunks of CPython's topics, by jaxfp8 and by numpy, each against its own float32."""
 
   def __init__(self, num_tokens: int, context: int):
-    from jaxfp8.checkpoint import convert, readers
+    from jaxfp8.checkpoint import readers
     from jaxfp8.commands import evaluate
     from jaxfp8.quantization import quality
     from jaxfp8.text.tokenizer import Tokenizer
@@ -135,14 +136,13 @@ class Comparison:
     tokens = Tokenizer(self.source.tokenizer).encode(text)
     self.chunks = quality.cut_chunks(tokens, num_tokens, context)
     self.training = quality.cut_training_chunks(tokens, 512, 256, self.chunks)
-    self.ours = quality.Reference(convert.load_source(self.source, F32), self.chunks)
+    self.ours = quality.Reference(load.load_source(self.source, F32), self.chunks)
     self.weights = {name: self.source.read(name).astype(np.float32) for name in self.source.names()}
     plain = NumpyRecipe(self.source.config, self.weights, F32)
     self.numpys = [plain.logits(row[:-1]) for row in self.chunks]
 
   def divergences(self, name: str) -> tuple[float, float]:
     """Mean KL divergence of a recipe in nats: (jaxfp8's, numpy's)."""
-    from jaxfp8.checkpoint import convert
     from jaxfp8.commands import evaluate
     from jaxfp8.quantization import calibration
 
@@ -150,7 +150,7 @@ class Comparison:
     if "static" in name:
       found = calibration.Calibrator(self.source, recipe, self.training).layers()
       scales = {key: array for _, group in found for key, array in group.items() if "_scale[" in key}
-    ours = self.ours.score(convert.load_source(self.source, recipe, scales=scales)).kl
+    ours = self.ours.score(load.load_source(self.source, recipe, scales=scales)).kl
     model = NumpyRecipe(self.source.config, self.weights, recipe, scales)
     theirs = [divergence(p, model.logits(row[:-1])) for p, row in zip(self.numpys, self.chunks, strict=True)]
     return float(ours.mean()), float(np.mean(theirs))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfp8.checkpoint.convert import load_source
+from jaxfp8.checkpoint.load import load_source
 from jaxfp8.checkpoint.readers import Source, expected_tensors
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError

@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.checkpoint.convert import load_source
-from jaxfp8.checkpoint.load import abstract_model
+from jaxfp8.checkpoint.load import abstract_model, load_source
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxfp8.checkpoint import convert, readers
+from jaxfp8.checkpoint import load, readers
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import ONE_DEVICE, MeshShape, possible_tensors
@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_abstract_model(name, granularity, tensor):
 def test_bytes_are_those_of_the_real_model_and_its_pool():
   source = readers.open_source(readers.default_model())
   for recipe in (Recipe(kv="fp8"), Recipe(granularity="block128", kv="bf16")):
-    llama = convert.load_source(source, recipe)
+    llama = load.load_source(source, recipe)
     assert weight_bytes(source.config, recipe).stored == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llama)))
     pool = cache.KVCache.init(source.config, num_pages=2, dtype=recipe.kv)
     assert 2 * pool.page_size * kv_bytes_per_token(source.config, recipe) == sum(leaf.nbytes for leaf in jax.tree.leaves(pool))

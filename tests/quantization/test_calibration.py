@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint import convert, layout, readers, static_scales
-from jaxfp8.checkpoint import load as checkpoint
+from jaxfp8.checkpoint import convert, load, readers, static_scales, stored_arrays
 from jaxfp8.checkpoint.manifest import read_manifest
+from jaxfp8.checkpoint.save import save
 from jaxfp8.commands import calibrate as tool
 from jaxfp8.commands import command
 from jaxfp8.errors import InputError
@@ -132,33 +132,33 @@ class TestScales:
     )
     plain = numpy_llama.forward(config, weights, tokens)
     recipe = dataclasses.replace(STATIC, activations="fp8_static")
-    model = convert.load_source(source, recipe, scales=scales)
+    model = load.load_source(source, recipe, scales=scales)
     ours = divergence(plain, np.asarray(_logits(model, tokens))).mean()
     theirs = divergence(plain, numpy_static(config, fake_weights(config), tokens, scales)).mean()
     assert 0.7 * theirs < ours < 1.1 * theirs
     small = {key: array / 8 if "input" in key else array for key, array in scales.items()}
-    saturated = convert.load_source(source, recipe, scales=small)
+    saturated = load.load_source(source, recipe, scales=small)
     assert divergence(plain, np.asarray(_logits(saturated, tokens))).mean() > 2 * ours
 
   def test_the_largest_of_matrices_that_share_an_input(self, folder, calibrated, capsys):
     static_scales._say_once.cache_clear()
     scales = {key: array for key, array in calibrated[1].items() if "_scale[" in key}
     scales["model.layers.1.self_attn.k_proj.input_scale[]"] = np.float32(9)
-    model = convert.load_source(readers.open_source(folder), STATIC, scales=scales)
+    model = load.load_source(readers.open_source(folder), STATIC, scales=scales)
     assert model.segments[0].attention.qkv.static_scale[1] == 9
     assert capsys.readouterr().err.count("the largest counts") == 1
     scales["model.layers.1.self_attn.k_proj.input_scale[]"] = np.float32(0)
     with pytest.raises(InputError, match=r"must be positive; model\.layers\.1\.self_attn\.k_proj"):
-      convert.load_source(readers.open_source(folder), STATIC, scales=scales)
+      load.load_source(readers.open_source(folder), STATIC, scales=scales)
 
   def test_without_scales(self, folder):
     with pytest.raises(InputError, match=r"needs model.layers.0.self_attn.q_proj.input_scale\[\]; .* has none"):
-      convert.load_source(readers.open_source(folder), STATIC)
+      load.load_source(readers.open_source(folder), STATIC)
 
   def test_each_device_has_its_heads_scales(self, config, folder, calibrated):
     scales = {key: array for key, array in calibrated[1].items() if "_scale[" in key}
     mesh = make_mesh(config, 3)
-    model = convert.load_source(readers.open_source(folder), STATIC, scales=scales, mesh=mesh)
+    model = load.load_source(readers.open_source(folder), STATIC, scales=scales, mesh=mesh)
     for layer in range(config.num_layers):
       own = [np.asarray(s.data)[layer] for s in model.segments[0].attention.v_scale.get_value().addressable_shards]
       np.testing.assert_array_equal(np.concatenate(own), scales[f"model.layers.{layer}.self_attn.v_scale[K]"])
@@ -238,22 +238,20 @@ def written(folder, chunks, tmp_path_factory):
 
 class TestCheckpoint:
   def test_it_is_what_it_says(self, written, config):
-    manifest, model = read_manifest(written), convert.load(written)
+    manifest, model = read_manifest(written), load.load(written)
     assert manifest.recipe == STATIC == model.recipe
     assert manifest.provenance["calibration"] == {"rounding": "gptq", "scales": "mse", "tokens": 512, "text": "some"}
     assert len(manifest.static_scales) == 9 * config.num_layers
-    assert (
-      convert.load(written, dataclasses.replace(STATIC, activations="bf16", kv="bf16")).segments[0].attention.k_scale is None
-    )
+    assert load.load(written, dataclasses.replace(STATIC, activations="bf16", kv="bf16")).segments[0].attention.k_scale is None
 
   def test_saved_again(self, written, tmp_path, config):
-    model, tokens = convert.load(written), tiny_models.make_tokens(config, 70)
-    checkpoint.save(model, tmp_path / "again")
-    np.testing.assert_array_equal(_logits(convert.load(tmp_path / "again"), tokens), _logits(model, tokens))
+    model, tokens = load.load(written), tiny_models.make_tokens(config, 70)
+    save(model, tmp_path / "again")
+    np.testing.assert_array_equal(_logits(load.load(tmp_path / "again"), tokens), _logits(model, tokens))
 
   def test_a_checkpoint_keeps_its_weights(self, written, chunks, tmp_path):
     calibration.calibrate(written, tmp_path / "new", chunks, scales="max")
-    old, new = convert.load(written).segments[0], convert.load(tmp_path / "new").segments[0]
+    old, new = load.load(written).segments[0], load.load(tmp_path / "new").segments[0]
     np.testing.assert_array_equal(old.mlp.down.weight.get_value().qvalue, new.mlp.down.weight.get_value().qvalue)
     assert (new.mlp.down.static_scale >= old.mlp.down.static_scale).all()
     with pytest.raises(InputError, match="float8 already"):
@@ -275,14 +273,14 @@ class TestDecisions:
     costs = quality_gate.matrix_costs(source, "channel", chunks)
     truth = {}
     for layer in range(config.num_layers):
-      for merged, modules in layout.merged_modules(layer).items():
+      for merged, modules in stored_arrays.merged_modules(layer).items():
         mixed = weights | {f"{module}.weight": fake[f"{module}.weight"] for module in modules}
         rows = [divergence(p, numpy_llama.forward(config, mixed, row[:-1])) for p, row in zip(plain, chunks, strict=True)]
         truth[layer, merged] = np.mean(rows)
     np.testing.assert_allclose([line["kl"]["value"] for line in costs], list(truth.values()), rtol=0.05)
     layer, merged = max(truth, key=truth.get)
     (expression,) = quality_gate.costliest(costs, 1)
-    kept = convert.load_source(source, Recipe(), keep_bf16=[expression])
+    kept = load.load_source(source, Recipe(), keep_bf16=[expression])
     wide = [(i, name) for i, f in enumerate(kept.formats) for name, d in dataclasses.asdict(f).items() if d == "bf16"]
     assert wide == [(layer, merged)]
     assert quality_gate.keep_expressions(source, ["v_proj"], "channel", chunks) == ["v_proj"]
@@ -312,7 +310,7 @@ class TestCommand:
     code, out, _ = self.run(monkeypatch, capsys, *args)
     result = json.loads(out.strip().splitlines()[-1])
     assert code == 0 and result["tokens"] == 512 and len(result["seen"]) == 18
-    assert convert.load(tmp_path / "out").recipe == STATIC
+    assert load.load(tmp_path / "out").recipe == STATIC
     code, _, err = self.run(monkeypatch, capsys, *args)
     assert code == 1 and "exists already" in err
 

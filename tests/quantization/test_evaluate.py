@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import convert, readers
-from jaxfp8.commands import command
-from jaxfp8.commands import evaluate
+from jaxfp8.commands import command, evaluate
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import quality
 from jaxfp8.recipe import LayerFormat, Recipe

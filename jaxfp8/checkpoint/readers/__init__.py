@@ -75,7 +75,7 @@ def default_model() -> pathlib.Path:
 
 def _locate(path: str | pathlib.Path) -> pathlib.Path:
   """A Hugging Face folder or a GGUF file. Raises InputError for everything else."""
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).absolute()
   if not path.exists():
     raise InputError(f"readers: there is no checkpoint at {path}. Pass a Hugging Face folder or a GGUF file.")
   if path.is_file():

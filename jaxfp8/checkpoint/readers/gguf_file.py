@@ -7,6 +7,7 @@ Format: ggml's docs/gguf.md. The file is memory-mapped; a tensor is dequantized 
 """
 
 import contextlib
+import functools
 import mmap
 import pathlib
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ class GgufSource(Source):
       return unpermute(array, self.config.num_kv_heads)
     return array
 
-  @property
+  @functools.cached_property
   def tokenizer(self) -> TokenizerFiles:
     return gguf_tokenizer.tokenizer_files(self._metadata, self.path)
 

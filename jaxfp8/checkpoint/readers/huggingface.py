@@ -7,6 +7,7 @@
 The tensors are trusted over the config: what a header says is what is there.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -106,7 +107,7 @@ class HuggingFaceSource(Source):
       )
     return np.broadcast_to(array, (size,)).copy() if size > 1 or name.endswith(("k_scale", "v_scale")) else array.reshape(())
 
-  @property
+  @functools.cached_property
   def tokenizer(self) -> TokenizerFiles:
     return read_tokenizer(self.path)
 

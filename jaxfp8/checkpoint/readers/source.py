@@ -69,7 +69,15 @@ class Source(abc.ABC):
   @property
   @abc.abstractmethod
   def tokenizer(self) -> TokenizerFiles:
-    """Read when asked for. Raises InputError for a checkpoint without a tokenizer."""
+    """Read at the first access and kept. Raises InputError for a checkpoint without a tokenizer."""
+    ...
+
+  def find_tokenizer(self) -> TokenizerFiles | None:
+    """The tokenizer, or None for a checkpoint without one: its weights are still worth loading."""
+    try:
+      return self.tokenizer
+    except InputError:
+      return None
 
   @abc.abstractmethod
   def files(self) -> list[pathlib.Path]:

@@ -1,0 +1,35 @@
+"""The child process that converts weights into the cache; `startup.open_model` starts it in a run of several processes.
+
+Orbax writes with all processes of a run together, but here each host has its own cache. The request is {"path", "recipe",
+"cache_dir", "tensor", "data", "needs_tokenizer", "keep_granularity"}, the answer {"folder"}.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from jaxfp8 import child_process
+
+
+def _convert(request: dict[str, Any]) -> Iterator[dict[str, str]]:
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  from jaxfp8.checkpoint.weights_cache import cached_checkpoint
+  from jaxfp8.mesh import MeshShape
+  from jaxfp8.recipe import Recipe
+  from jaxfp8.text.tokenizer import Tokenizer
+
+  def check(source) -> None:
+    MeshShape.for_model(source.config, request["tensor"], request["data"])
+    if request["needs_tokenizer"]:
+      Tokenizer(source.tokenizer)
+
+  for name in ("absl", "asyncio"):  # Orbax logs pages about a damaged checkpoint
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+  recipe, keep = Recipe(**request["recipe"]), request["keep_granularity"]
+  checkpoint = cached_checkpoint(request["path"], recipe, request["cache_dir"], check=check, keep_granularity=keep)
+  yield {"folder": str(checkpoint.path)}
+
+
+if __name__ == "__main__":
+  child_process.serve(_convert)
