@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   no_gpu = _why_no_gpu()
   slow = _slow_tests()
   for item in items:
-    if _without_parameters(item.nodeid) in slow:
+    if slow & {item.nodeid.split("[")[0], item.nodeid.split("::")[0]}:
       item.add_marker("slow")
     if not any(item.get_closest_marker(name) for name in NOT_FAST):
       item.add_marker("fast")
@@ -37,13 +37,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _slow_tests() -> frozenset[str]:
-  """Node ids, without parameters, of the tests that slow_tests.txt lists."""
+  """The entries of slow_tests.txt: node ids without parameters, and paths of whole files."""
   lines = SLOW_TESTS.read_text(encoding="utf-8").splitlines()
   return frozenset(line for line in lines if line and not line.startswith("#"))
-
-
-def _without_parameters(node_id: str) -> str:
-  return node_id.split("[")[0]
 
 
 def _why_no_gpu() -> str:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = pathlib.Path(__file__).parent.parent
 TOOLS = pathlib.Path(sys.executable).parent
 

@@ -15,6 +15,8 @@ import pytest
 
 from tests.helpers import commands
 
+pytestmark = pytest.mark.process
+
 ROOT = commands.ROOT
 UV = shutil.which("uv")
 # The default model and this checkout are hidden from the clean environment.

@@ -10,6 +10,8 @@ import pytest
 
 import jaxfp8
 
+pytestmark = pytest.mark.process
+
 ROOT = pathlib.Path(__file__).parent.parent
 # A user's script. `reveal_type` makes the type checker report the type of an expression.
 SCRIPT = """\
