@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import readers
+from jaxfp8.checkpoint.export import config_to_hf
 from jaxfp8.checkpoint.readers.gguf_file import config_from_gguf
 from jaxfp8.checkpoint.readers.huggingface import config_from_hf
 from jaxfp8.config import LlamaConfig, RopeConfig, configs_folder
@@ -110,15 +111,23 @@ def test_toml_that_is_not(tmp_path):
 @pytest.mark.parametrize("case", tiny_models.CASES)
 def test_hugging_face_config_is_the_same_model(case):
   config = tiny_models.make_config(case)
-  hf = tiny_models.hf_config(config)
+  hf = tiny_models.hf_config(case)
   assert config_from_hf(hf, name=case) == config
   # transformers 5 moved both RoPE keys into rope_parameters, and writes dtype for torch_dtype.
   parameters = {"rope_type": "default", **(hf.pop("rope_scaling") or {}), "rope_theta": hf.pop("rope_theta")}
   assert config_from_hf({**hf, "rope_parameters": parameters, "dtype": "bfloat16"}, name=case) == config
 
 
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_export_writes_the_stored_hugging_face_config(case):
+  exported = config_to_hf(tiny_models.make_config(case))
+  assert exported.pop("eos_token_id") == 2  # a single id stands alone; transformers accepts both forms
+  hf = tiny_models.hf_config(case)
+  assert hf.pop("eos_token_id") == [2] and exported == hf
+
+
 def test_hugging_face_defaults():
-  hf = tiny_models.hf_config(tiny_models.make_config("head_64_eps"))
+  hf = tiny_models.hf_config("head_64_eps")
   for key in ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings", "architectures"):
     del hf[key]
   config = config_from_hf({**hf, "eos_token_id": 5})
@@ -148,13 +157,13 @@ def test_hugging_face_defaults():
   ],
 )
 def test_what_is_no_llama_is_refused_by_name(change, says):
-  hf = tiny_models.hf_config(tiny_models.make_config("mha_tied"))
+  hf = tiny_models.hf_config("mha_tied")
   with pytest.raises(InputError, match=says):
     config_from_hf({**hf, **change})
 
 
 def test_a_missing_key_is_named():
-  hf = tiny_models.hf_config(tiny_models.make_config("mha_tied"))
+  hf = tiny_models.hf_config("mha_tied")
   del hf["intermediate_size"]
   with pytest.raises(InputError, match="lacks 'intermediate_size'"):
     config_from_hf(hf)

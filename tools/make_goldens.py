@@ -5,7 +5,7 @@
 Runs where transformers, torch, gguf and sentencepiece are installed; neither jax nor the rest of jaxfp8 is needed. The
 goldens of today were made with the versions that tests/goldens/README.md states; every seed is 0.
 
-    tiny_CASE.npz    tokens [T], logits [T, V] of the random model `tests/tiny_models.py` makes, float32
+    tiny_CASE.npz    tokens [T], logits [T, V] of the random model of `tests/helpers/tiny_models.py`, float32
     real.npz         five prompts through the default model: token ids, logits, 64 greedy tokens each
     weights.json     sha256 of a few weights, as transformers reads them from the GGUF file
     text.json        token ids of awkward strings and rendered chats, by the default model's tokenizer
@@ -18,7 +18,6 @@ import json
 import pathlib
 import sys
 import tempfile
-import types
 
 import numpy as np
 
@@ -90,7 +89,6 @@ STRINGS = [
 
 
 def main(gguf_file: str) -> None:
-  _without_jax()
   import torch
 
   torch.set_num_threads(1)
@@ -106,18 +104,12 @@ def main(gguf_file: str) -> None:
   print(f"{GOLDENS}: {total / 1e6:.2f} MB with {versions}, seed 0")
 
 
-def _without_jax() -> None:
-  """`import jaxfp8` loads jax, which need not be here; jaxfp8.config does not. A bare package in its place finds it."""
-  package = types.ModuleType("jaxfp8")
-  package.__path__ = [str(ROOT / "jaxfp8")]
-  sys.modules["jaxfp8"] = package
-  sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-
-
 def make_tiny() -> None:
-  import tiny_models
   import torch
   from transformers import LlamaForCausalLM
+
+  sys.path.insert(0, str(ROOT))
+  from tests.helpers import tiny_models  # imports neither jax nor the rest of jaxfp8
 
   for case in tiny_models.CASES:
     config = tiny_models.make_config(case)
@@ -226,7 +218,9 @@ What other programs compute, so that jaxfp8's tests have a truth that is not jax
 Python {python}, {versions}; one thread, eager attention, float32, seed 0 everywhere.
 
 - `tiny_CASE.npz`: `tokens` [T] int32 and `logits` [T, V] float32 of `LlamaForCausalLM` on the random weights of
-  `tests/tiny_models.py` (seed 0), which went through a Hugging Face folder.
+  `tests/helpers/tiny_models.py` (seed 0), which went through a Hugging Face folder.
+- `hf_configs.json`: the config.json of each tiny model in the form of transformers 4, which read it for `tiny_CASE.npz`. The
+  script reads this file and does not write it.
 - `real.npz`: five prompts (a chat, code, French, numbers, a paragraph) through the default model. `ids_i` is the prompt,
   `last_i` [V] the logits of its last position, `every_i` [T, V / 64] the logits of every position at columns 0, 64, 128 ..,
   `greedy_i` the 64 most likely tokens that follow (end-of-text does not stop it), `margins_i` how far the best logit

@@ -1,7 +1,7 @@
-"""Tiny Llamas with random weights, the same in every process: what the tests compute with, and what the goldens were made of.
+"""Tiny Llamas with random weights, the same in every process: the models of the tests and of the goldens.
 
-Imports only numpy and jaxfp8.config (which imports only numpy), so that tools/make_goldens.py can use it where there is
-no jax. Weights are float32 from numpy's default_rng (PCG64, which is stable across releases for normal()).
+Imports only numpy and jaxfp8.config (which imports only numpy), so that tools/make_goldens.py runs without jax. Weights are
+float32 from numpy's default_rng (PCG64, which is stable across releases for normal()).
 """
 
 import json
@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxfp8.config import LlamaConfig
 
-# No size is a multiple of what a kernel likes to cut; N/K covers MHA and odd groups; head_dim differs from D / N
-# (transformers wants D to be a multiple of N all the same).
+HF_CONFIGS = pathlib.Path(__file__).parents[1] / "goldens" / "hf_configs.json"
+# No size is a multiple of a kernel's tile; N/K covers MHA and odd groups; head_dim differs from D / N
+# (transformers nevertheless requires D to be a multiple of N).
 _ODD = {"vocab_size": 103, "d_model": 52, "d_ff": 91, "num_layers": 2, "max_context": 256, "bos_id": 1, "eos_ids": [2]}
 CASES: dict[str, dict[str, Any]] = {
   "mha_tied": {**_ODD, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "tied_embeddings": True},
@@ -33,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "num_heads": 5,
     "num_kv_heads": 1,
     "head_dim": 64,
-    # original_max_context below the tests' contexts and between the wavelengths: all three branches of the scaling are taken.
+    # original_max_context is below the tests' contexts and between the wavelengths: the scaling takes all three branches.
     "rope": {
       "type": "llama3",
       "theta": 5e5,
@@ -68,7 +69,7 @@ def make_tokens(config: LlamaConfig, length: int = 150, seed: int = 0) -> np.nda
 
 
 def make_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
-  """float32 under Hugging Face's names, linears [out, in]. Norms lie near 1 and are not 1; an lm_head only where untied."""
+  """float32 under Hugging Face's names, linears [out, in]. Norms are near 1 but not 1; lm_head only if untied."""
   rng = np.random.default_rng([seed, 0])
   D, F, H = config.d_model, config.d_ff, config.head_dim
 
@@ -83,7 +84,7 @@ def make_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
   for layer in range(config.num_layers):
     prefix = f"model.layers.{layer}."
     weights[prefix + "input_layernorm.weight"] = norm()
-    # q and k larger than usual: flat attention would hide a wrong position or a wrong head.
+    # q and k are larger than usual: flat attention would hide a wrong position or a wrong head.
     weights[prefix + "self_attn.q_proj.weight"] = 2 * linear(config.num_heads * H, D)
     weights[prefix + "self_attn.k_proj.weight"] = 2 * linear(config.num_kv_heads * H, D)
     weights[prefix + "self_attn.v_proj.weight"] = linear(config.num_kv_heads * H, D)
@@ -98,49 +99,31 @@ def make_weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
   return weights
 
 
-def hf_config(config: LlamaConfig) -> dict[str, Any]:
-  """What transformers would write as config.json, with version 4's names for RoPE."""
-  rope = config.rope
-  scaling: dict[str, Any] | None = None
-  if rope.type != "default":
-    scaling = {"rope_type": rope.type, "factor": rope.factor}
-  if rope.type == "llama3":
-    scaling |= {
-      "low_freq_factor": rope.low_freq_factor,
-      "high_freq_factor": rope.high_freq_factor,
-      "original_max_position_embeddings": rope.original_max_context,
-    }
-  return {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.d_model,
-    "intermediate_size": config.d_ff,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "max_position_embeddings": config.max_context,
-    "rms_norm_eps": config.rms_norm_eps,
-    "rope_theta": rope.theta,
-    "rope_scaling": scaling,
-    "tie_word_embeddings": config.tied_embeddings,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": config.bos_id,
-    "eos_token_id": list(config.eos_ids),
-  }
+def hf_config(case: str) -> dict[str, Any]:
+  """The stored config.json of a case in the form of transformers 4; a new dictionary for each call."""
+  return json.loads(HF_CONFIGS.read_text())[case]
+
+
+def _config_json(config: LlamaConfig) -> dict[str, Any]:
+  """The stored config.json of a case; for a config that is no case the one that jaxfp8 exports."""
+  if config.name in CASES and config == make_config(config.name):
+    return hf_config(config.name)
+  from jaxfp8.checkpoint.export import config_to_hf  # needs the rest of jaxfp8, which the goldens do without
+
+  return config_to_hf(config)
 
 
 def write_hf_folder(
   folder: pathlib.Path, config: LlamaConfig, weights: dict[str, np.ndarray], *, dtype=np.float32, shards=1, tokenizer=True
 ) -> pathlib.Path:
-  """A folder as transformers saves it; more than one shard brings an index. `dtype` may be ml_dtypes.bfloat16."""
+  """Writes a folder as transformers saves it, with an index for more than one shard; returns its path.
+
+  dtype: of the stored weights; may be ml_dtypes.bfloat16. tokenizer: whether to write a tokenizer and a chat template.
+  """
   from safetensors.numpy import save_file
 
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(hf_config(config)))
+  (folder / "config.json").write_text(json.dumps(_config_json(config)))
   arrays = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in weights.items()}
   if shards == 1:
     save_file(arrays, folder / "model.safetensors")
@@ -167,7 +150,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(vocab_size: int) -> dict[str, Any]:
-  """A tokenizer.json of single characters: <unk> <s> </s>, then printable ASCII as far as `vocab_size` goes."""
+  """A tokenizer.json of single characters: <unk> <s> </s>, then printable ASCII up to `vocab_size` tokens."""
   specials = ["<unk>", "<s>", "</s>"]
   letters = [chr(code) for code in [*range(32, 127), 10, 9, 0xE9, 0xFC, 0xDF]][: vocab_size - len(specials)]
   return {
