@@ -40,9 +40,6 @@ if TYPE_CHECKING:
   from jaxfp8.sharding import make_mesh as make_mesh
   from jaxfp8.text.tokenizer import Tokenizer as Tokenizer
 
-if TYPE_CHECKING:
-  __version__: str
-
 _HOME = {
   "Completion": "serving.request_output",
   "DecodeBatch": "model.batch",
