@@ -9,13 +9,10 @@ its own. The start-up time is that of `jaxfp8 generate` to its first token with 
 (warm). Figures are medians over --repeats runs. The last line is one JSON list.
 """
 
-import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -23,7 +20,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxfp8.commands import command
+from jaxfp8 import child_process
+from jaxfp8.commands import command, profiling
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.planning.devices import measure_cpu
@@ -48,33 +46,12 @@ _runs(flags.DEFINE_bool, "start_up", True, "Also measure start-up, cold and warm
 _execution = Topic("Output and execution", FLAGS)
 _execution(flags.DEFINE_string, "plot", None, "Write throughput over batch with the roofline to this png, svg or pdf.")
 _execution(flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "Keeps converted weights and programs; empty: nowhere.")
-_execution(flags.DEFINE_string, "worker", None, "Internal: measure these weights in this process.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """One case. Rates are tokens/s of all sequences together; ceiling_tok_s is the roofline of decode for this case."""
-
-  weights: str
-  batch: int
-  prompt_tokens: int
-  new_tokens: int
-  prefill_tok_s: float
-  decode_tok_s: float
-  ttft_s: float
-  peak_rss_bytes: int
-  bandwidth_fraction: float
-  ceiling_tok_s: float
-  device: str
-  jax_version: str
+_execution(flags.DEFINE_string, "profile", None, profiling.HELP)
 
 
 def main() -> int:
   _check()
-  if FLAGS.worker:
-    for result in _measure(FLAGS.worker):
-      print(json.dumps(dataclasses.asdict(result)), flush=True)
-    return 0
+  profiling.check_folder("benchmark", FLAGS.profile)
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
   console = Console(stderr=FLAGS.json)
@@ -82,7 +59,7 @@ def main() -> int:
     measure_cpu(FLAGS.cache_dir, again=True)
   rows = []
   for weights in FLAGS.weights:
-    rows += _run_worker(weights)
+    rows += _measure(weights)
   start_up = [_start_up(weights) for weights in FLAGS.weights] if FLAGS.start_up else []
   if not FLAGS.json:
     _print(console, rows, start_up)
@@ -106,68 +83,18 @@ def _check() -> None:
     raise InputError(f"benchmark: needs 2 new tokens and 1 repeat at least; got {FLAGS.new_tokens} and {FLAGS.repeats}.")
 
 
-def _run_worker(weights: str) -> list[dict]:
-  command = [sys.executable, "-m", "tools.benchmark", f"--worker={weights}", *_passed_on()]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-  if done.returncode:
-    raise InputError(f"benchmark: the run with --weights={weights} ended with code {done.returncode}; its message is above.")
-  return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def _passed_on() -> list[str]:
-  names = ("batch", "prompt_tokens", "new_tokens", "repeats", "cache_dir")
-  values = {name: FLAGS[name].value for name in names}
-  texts = [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in values.items()]
-  return texts + ([f"--checkpoint={FLAGS.checkpoint}"] if FLAGS.checkpoint else [])
-
-
-def _measure(weights: str):
-  """Yields a Result per batch and prompt length, largest memory last."""
-  import jax
-  import numpy as np
-
-  from jaxfp8.mesh import ONE_DEVICE
-  from jaxfp8.model.sampling import SamplingParams
-  from jaxfp8.planning.roofline import bound, decode_step
-  from jaxfp8.progress import Progress
-  from jaxfp8.serving import startup
-  from jaxfp8.serving.engine import Engine, Request, Stats
-  from jaxfp8.serving.run_report import find_device
-
-  command.keep_compiled_programs(FLAGS.cache_dir)
-  wishes = startup.Wishes(checkpoint=FLAGS.checkpoint, weights=weights, cache_dir=FLAGS.cache_dir)
-  opened = startup.open_model(wishes, Progress())
-  device, config = find_device(jax.devices()[0], FLAGS.cache_dir), opened.model.config
-  rng = np.random.default_rng(0)
-  for batch in map(int, FLAGS.batch):
-    for length in map(int, FLAGS.prompt_tokens):
-      limits = startup.limits_for(opened.model, opened.mesh, [(length, FLAGS.new_tokens)] * batch)
-      engine = Engine(opened.model, mesh=opened.mesh, limits=limits)
-      engine.compile()
-      params = SamplingParams(max_new_tokens=FLAGS.new_tokens, ignore_eos=True)
-      runs = []
-      for repeat in range(FLAGS.repeats + 1):
-        engine.stats = Stats()
-        prompts = rng.integers(0, config.vocab_size, (batch, length))
-        completions = engine.generate([Request(tuple(prompt), params) for prompt in prompts.tolist()])
-        if repeat:  # the first run warms up
-          runs.append((engine.stats, statistics.median(c.ttft_s for c in completions)))
-      cost = decode_step(config, opened.recipe, [length + FLAGS.new_tokens // 2] * batch, ONE_DEVICE)
-      step = statistics.median(stats.decode_seconds / len(stats.decode_lengths) for stats, _ in runs)
-      yield Result(
-        weights=weights,
-        batch=batch,
-        prompt_tokens=length,
-        new_tokens=FLAGS.new_tokens,
-        prefill_tok_s=statistics.median(stats.prefill_tokens / stats.prefill_seconds for stats, _ in runs),
-        decode_tok_s=statistics.median(stats.decode_tokens / stats.decode_seconds for stats, _ in runs),
-        ttft_s=statistics.median(ttft for _, ttft in runs),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        bandwidth_fraction=cost.memory_bytes / step / device.bandwidth,
-        ceiling_tok_s=batch / bound(cost, device).step,
-        device=device.title,
-        jax_version=jax.__version__,
-      )
+def _measure(weights: str) -> list[dict]:
+  """One row for each batch size and prompt length, measured in a process of its own."""
+  request = {
+    "weights": weights,
+    "batches": [int(batch) for batch in FLAGS.batch],
+    "prompt_lengths": [int(length) for length in FLAGS.prompt_tokens],
+    **{name: FLAGS[name].value for name in ("checkpoint", "new_tokens", "repeats", "cache_dir", "profile")},
+  }
+  reply = child_process.ask(child_process.Child.BENCHMARK, request, show_errors=True)
+  if reply.exit_code:
+    raise InputError(f"benchmark: the run with --weights={weights} ended with code {reply.exit_code}; its message is above.")
+  return list(reply.answers)
 
 
 def _start_up(weights: str) -> dict:
@@ -184,10 +111,11 @@ def _start_up(weights: str) -> dict:
 
 
 def _first_token(weights: str, cache_dir: str) -> tuple[float, int]:
-  command = [sys.executable, "-m", "jaxfp8.generate", "--prompt=Hello", "--max_new_tokens=2", f"--weights={weights}"]
-  command += [f"--cache_dir={cache_dir}"] + ([f"--checkpoint={FLAGS.checkpoint}"] if FLAGS.checkpoint else [])
+  arguments = ["--prompt=Hello", "--max_new_tokens=2", f"--weights={weights}", f"--cache_dir={cache_dir}"]
+  arguments += [f"--checkpoint={FLAGS.checkpoint}"] if FLAGS.checkpoint else []
   start = time.perf_counter()
-  child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  child = child_process.start(child_process.Child.GENERATE, *arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+  assert child.stdout
   child.stdout.read(1)
   seconds = time.perf_counter() - start
   child.stdout.read()

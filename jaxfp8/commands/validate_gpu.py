@@ -8,17 +8,15 @@ of a model of random weights beside its roofline, and looks for better tile size
 report. Each stage runs in a process of its own, so that a kernel that takes the process with it costs one line. Needs a GPU.
 """
 
-import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import time
 
 from absl import flags
 
+from jaxfp8 import child_process
 from jaxfp8.commands.command import Command, run
 from jaxfp8.commands.gpu_validation import report as gpu_report
 from jaxfp8.errors import InputError
@@ -30,7 +28,6 @@ flags.DEFINE_string("output", "", "The report's file (gpu-DEVICE.md).", flag_val
 flags.DEFINE_bool(
   "rehearse", False, "Go through it on this CPU: kernels interpreted, small, times without meaning.", flag_values=FLAGS
 )
-flags.DEFINE_string("worker", "", "Internal: a stage and its names, as JSON.", flag_values=FLAGS)
 
 SHARES = {"conformance": 0.4, "timing": 0.5, "models": 0.6, "tuning": 1.0}  # of the time that is left, in this order
 GRACE_SECONDS = 60  # for a stage whose time is over to finish what it is at
@@ -38,11 +35,6 @@ STAGE_SECONDS = 120  # for the first stage, which starts JAX on the device
 
 
 def main() -> int:
-  if FLAGS.worker:
-    from jaxfp8.commands.gpu_validation import stages as gpu_stages
-
-    gpu_stages.work(**json.loads(FLAGS.worker))
-    return 0
   if not 0 < FLAGS.minutes < 1e6:
     raise InputError(f"validate-gpu: --minutes must be positive; got {FLAGS.minutes:g}. Leave it out for ten.")
   if FLAGS.output and not pathlib.Path(FLAGS.output).absolute().parent.is_dir():
@@ -98,21 +90,10 @@ def run_stage(stage: str, names: list[str], until: float) -> list[dict]:
 
 def child(stage: str, names: list[str], until: float) -> tuple[dict[str, dict], str]:
   """(records by name as far as the child got, what it said where it died)."""
-  with tempfile.TemporaryDirectory() as folder:
-    out = pathlib.Path(folder) / "records.jsonl"
-    work = {"stage": stage, "names": names, "out": str(out), "until": until, "rehearsal": FLAGS.rehearse}
-    command = [sys.executable, "-m", "tools.validate_gpu", f"--worker={json.dumps(work)}"]
-    grace = 60  # to finish what it is at
-    try:
-      ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=max(1.0, until - time.time()) + grace, check=False
-      )
-      said = " ".join(ended.stderr.split())[-300:]
-      last_words = f"the process ended with code {ended.returncode}: {said}" if ended.returncode else ""
-    except subprocess.TimeoutExpired:
-      last_words = "took too long and was ended"
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-  return {record["name"]: record for record in map(json.loads, lines)}, last_words
+  request = {"stage": stage, "names": names, "until": until, "rehearsal": FLAGS.rehearse}
+  timeout_s = max(1.0, until - time.time()) + GRACE_SECONDS
+  reply = child_process.ask(child_process.Child.GPU_VALIDATION, request, timeout_s=timeout_s)
+  return {record["name"]: record for record in reply.answers}, reply.failure
 
 
 def say(sentence: str) -> None:

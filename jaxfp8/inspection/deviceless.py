@@ -13,15 +13,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels
+from jaxfp8 import child_process
 from jaxfp8.errors import InputError
 from jaxfp8.planning.devices import DeviceSpec, have_compiler, load_device
 
@@ -206,35 +204,30 @@ def compile_cases(device: str, names: Sequence[str], timeout_s: float = 300) -> 
 
 
 def _child(device: str, names: Sequence[str], timeout_s: float) -> dict[str, list[KernelReport] | str]:
-  """Runs this module as a program; one JSON line a case comes back, as far as it got."""
+  """Runs this module as a child process; one answer a case comes back, as far as the child got."""
+  quiet = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
   with tempfile.TemporaryDirectory() as folder:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "jaxfp8.inspection.deviceless", device, folder, *names]
-    out = pathlib.Path(folder) / "out.jsonl"
-    try:
-      child = subprocess.run(command, env=environment, capture_output=True, timeout=timeout_s, check=False)
-      last_words = child.stderr.decode(errors="replace")[-600:] if child.returncode else ""
-    except subprocess.TimeoutExpired:
-      last_words = f"took more than {timeout_s:.0f} s"
-    lines = out.read_text().splitlines() if out.exists() else []
+    request = {"device": device, "folder": folder, "names": list(names)}
+    reply = child_process.ask(child_process.Child.COMPILED_CASES, request, variables=quiet, timeout_s=timeout_s)
   results: dict[str, list[KernelReport] | str] = {}
-  for line in lines:
-    record = json.loads(line)
+  for record in reply.answers:
     reports = [KernelReport(**{**report, "warnings": tuple(report["warnings"])}) for report in record["reports"]]
     results[record["name"]] = record["error"] or reports
-  if last_words and len(names) == 1:
-    results.setdefault(names[0], last_words)
+  failure = f"took more than {timeout_s:.0f} s" if reply.timed_out else reply.failure
+  if failure and len(names) == 1:
+    results.setdefault(names[0], failure)
   return results
 
 
-def _compile_cases_here(device: str, folder: str, names: Sequence[str]) -> None:
-  """The child: compiles case by case and appends what it learns, so that an abort loses only the case at hand."""
+def _compile_cases_here(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """The child: compiles case by case and answers each at once, so that an abort loses only the case at hand."""
   from pallas_kernels import cases
 
+  device = request["device"]
   spec = load_device(device)
   target, mesh = kernel_target(spec), absent_mesh(spec)
-  for number, name in enumerate(names):
-    dumps = pathlib.Path(folder) / str(number)
+  for number, name in enumerate(request["names"]):
+    dumps = pathlib.Path(request["folder"]) / str(number)
     dumps.mkdir()
     os.environ[DUMP_VARIABLE] = str(dumps)
     record: dict[str, Any] = {"name": name, "reports": [], "error": ""}
@@ -244,11 +237,10 @@ def _compile_cases_here(device: str, folder: str, names: Sequence[str]) -> None:
       record["reports"] = [dataclasses.asdict(report) for report in read_dumps(dumps, name, device)]
     except Exception:
       record["error"] = traceback.format_exc()[-1500:]
-    with open(pathlib.Path(folder) / "out.jsonl", "a") as file:
-      file.write(json.dumps(record) + "\n")
+    yield record
     for path in dumps.iterdir():
       path.unlink()
 
 
 if __name__ == "__main__":
-  _compile_cases_here(sys.argv[1], sys.argv[2], sys.argv[3:])
+  child_process.serve(_compile_cases_here)

@@ -7,15 +7,12 @@ back as InputError. Refuses to know: how programs are made and read (step_budget
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
+from jaxfp8 import child_process
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
@@ -24,6 +21,7 @@ from jaxfp8.planning.devices import CPU, have_compiler, load_device
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
 
 TIMEOUT_S = 600.0
+_QUIET = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,31 +90,19 @@ def budgets(question: Question, *, timeout_s: float = TIMEOUT_S, save: str = "")
   if save and pathlib.Path(save).exists() and not pathlib.Path(save).is_dir():
     raise InputError(f"compile: save must name a folder; {save} is a file. Pass another.")
   with tempfile.TemporaryDirectory() as folder:
-    asked, answer, kept = (pathlib.Path(folder) / name for name in ("question.json", "answer.json", "kept"))
-    asked.write_text(json.dumps(question.to_dict()), encoding="utf-8")
+    kept = pathlib.Path(folder) / "kept"
     if save:
       kept.mkdir()
-    last_words = _run([str(asked), str(answer), *([str(kept)] if save else [])], timeout_s)
-    if not answer.exists():
-      raise InputError(f"compile: the compiler ended without a result: {last_words or 'it said nothing'}")
-    result = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in result:
-      raise InputError(result["error"])
+    request = {"question": question.to_dict(), "save": str(kept) if save else ""}
+    reply = child_process.ask(child_process.Child.COMPILED_REPORT, request, variables=_QUIET, timeout_s=timeout_s)
+    if reply.timed_out:
+      raise InputError(f"compile: the compiler took more than {timeout_s:.0f} s. Pass a longer --timeout.")
+    if not reply.answers:
+      raise InputError(f"compile: the compiler ended without a result: {reply.last_line or 'it said nothing'}")
+    result = reply.answers[0]
     if save:
       try:
         shutil.copytree(kept, save, dirs_exist_ok=True)
       except OSError as error:
         raise InputError(f"compile: save must name a folder that can be written; {save}: {error}. Pass another.") from error
   return result
-
-
-def _run(arguments: list[str], timeout_s: float) -> str:
-  """Runs the child; returns the last line it said."""
-  quiet = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  command = [sys.executable, "-m", "jaxfp8.serving.compiled_report", *arguments]
-  try:
-    child = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, timeout=timeout_s, check=False)
-  except subprocess.TimeoutExpired:
-    raise InputError(f"compile: the compiler took more than {timeout_s:.0f} s. Pass a longer --timeout.") from None
-  lines = child.stderr.decode(errors="replace").strip().splitlines()
-  return lines[-1][-300:] if lines else ""

@@ -9,18 +9,18 @@ times are floors from the device's peaks.
 
 import collections
 import dataclasses
-import json
 import pathlib
 import re
-import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
 
+from jaxfp8 import child_process
 from jaxfp8.errors import InputError
 from jaxfp8.inspection import deviceless, hlo, traffic
 from jaxfp8.model.llama import Llama
@@ -203,19 +203,19 @@ def _parts(record: dict[str, Any], calls: list[costs.Call], spec: DeviceSpec) ->
   return [{"operation": name, "calls": 0, "bytes": 0, "flops": 0, **part} for name, part in parts.items()]
 
 
-def main(asked: str, answer: str, save: str = "") -> None:
-  """The child: question.json in, answer.json out."""
-  question = Question.from_dict(json.loads(pathlib.Path(asked).read_text(encoding="utf-8")))
-  result: dict[str, Any] = {}
+def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """The child: one answer with the budgets of each kind. Raises InputError with the last line of the compiler's error."""
+  question = Question.from_dict(request["question"])
+  kinds = ("decode", *(["prefill"] if question.prefill else []))
+  save = pathlib.Path(request["save"]) if request["save"] else None
   try:
-    for kind in ("decode", *(["prefill"] if question.prefill else [])):
-      result[kind] = measure(question, kind, pathlib.Path(save) if save else None)
-  except InputError as error:
-    result = {"error": str(error)}
-  except Exception:
-    result = {"error": "compile: the compiler gave up: " + traceback.format_exc().strip().splitlines()[-1][:300]}
-  pathlib.Path(answer).write_text(json.dumps(result), encoding="utf-8")
+    yield {kind: measure(question, kind, save) for kind in kinds}
+  except InputError:
+    raise
+  except Exception as error:
+    reason = traceback.format_exc().strip().splitlines()[-1][:300]
+    raise InputError(f"compile: the compiler gave up: {reason}") from error
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  child_process.serve(answer)

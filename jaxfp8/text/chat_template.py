@@ -6,17 +6,15 @@ The template runs in a child process (chat_template_child.py) that starts with t
 
 import contextlib
 import json
-import pathlib
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxfp8 import child_process
 from jaxfp8.errors import InputError
 
-_CHILD = pathlib.Path(__file__).parent / "chat_template_child.py"
 _WAY_OUT = "Pass --raw, or a checkpoint with a working template."
 
 
@@ -64,9 +62,10 @@ class ChatTemplate:
     return json.loads(line)
 
   def _start(self) -> subprocess.Popen:
-    # -P: the child's own folder holds jaxfp8's modules, which must not stand in for anyone else's.
-    child = subprocess.Popen(
-      [sys.executable, "-P", str(_CHILD), str(self._seconds)],
+    child = child_process.start(
+      child_process.Child.CHAT_TEMPLATE,
+      str(self._seconds),
+      isolated=True,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -74,7 +73,7 @@ class ChatTemplate:
     )
     weakref.finalize(self, _stop, child)
     if not child.stdout.readline():
-      reason = (child.stderr.read().strip().splitlines() or ["no reason given"])[-1]
+      reason = child_process.last_line(child.stderr.read()) or "no reason given"
       raise InputError(f"chat: the process that renders chat templates did not start: {reason}. Pass --raw.")
     child.stderr.close()
     return child

@@ -20,6 +20,8 @@ from jaxfp8.planning.compile_request import Question
 from jaxfp8.planning.devices import have_compiler
 from jaxfp8.planning.roofline import decode_step, prefill_step, weight_bytes
 
+pytestmark = pytest.mark.compile
+
 ROOT = pathlib.Path(__file__).parents[2]
 PROMISED = """
 compile_seconds argument_bytes alias_bytes kv_bytes temp_bytes weight_bytes weight_read_bytes weight_written_bytes kv_read_bytes
@@ -194,7 +196,7 @@ class TestQuestions:
       compiled_budget.budgets(asked, timeout_s=0.05)
     (tmp_path / "python").write_text("#!/bin/sh\necho LLVM ERROR: cannot select >&2\nkill -6 $$\n")
     (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(compiled_budget.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(InputError, match="ended without a result: LLVM ERROR"):
       compiled_budget.budgets(asked, save=str(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()
@@ -260,7 +262,7 @@ def test_the_plan_takes_temporaries_from_the_program():
 
 def test_the_plan_says_where_nothing_can_compile(monkeypatch, capsys):
   monkeypatch.setattr(compiled_budget, "have_compiler", lambda: False)
-  plan.FLAGS(["plan", "--model=llama-3.1-8b", "--device=h100", "--compile"])
+  plan.COMMAND.parse(["--model=llama-3.1-8b", "--device=h100", "--compile"])
   with pytest.raises(InputError, match="Install the extra"):
-    plan.main(["plan"])
+    plan.main()
   plan.FLAGS.unparse_flags()
