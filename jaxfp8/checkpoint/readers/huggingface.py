@@ -4,7 +4,7 @@
     model.safetensors[.index.json]       ->  names, shapes, dtypes from the headers; weights when asked for
     tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  TokenizerFiles
 
-The tensors are trusted over the config: what a header says is what is there.
+Where the headers of the tensors and the config disagree, the headers are right.
 """
 
 import functools
@@ -37,7 +37,7 @@ _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 
 class HuggingFaceSource(Source):
-  """An opened folder. Raises InputError from the constructor when the folder is not a Llama that jaxfp8 reads."""
+  """An opened folder. The constructor raises InputError for a folder that is no Llama that jaxfp8 reads."""
 
   def __init__(self, folder: pathlib.Path):
     self.path = folder
@@ -116,7 +116,7 @@ class HuggingFaceSource(Source):
 
 
 def folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files whose content determines weights, config and tokenizer; nothing is parsed but the index."""
+  """The files whose content determines weights, config and tokenizer. Parses only the index."""
   beside = ("config.json", "generation_config.json", "hf_quant_config.json", _INDEX, *_TEXT_FILES)
   return [*(folder / name for name in beside if (folder / name).exists()), *_shard_paths(folder)]
 
@@ -126,7 +126,7 @@ def read_folder_config(folder: pathlib.Path) -> LlamaConfig:
 
 
 def config_from_file(path: pathlib.Path, name: str = "llama") -> LlamaConfig:
-  """config.json, with the eos ids that the generation_config.json beside it adds (Llama 3's <|eom_id|> stands only there)."""
+  """From config.json, with the eos ids of the generation_config.json beside it (only there is Llama 3's <|eom_id|>)."""
   hf = read_json(path)
   beside = path.parent / "generation_config.json"
   extra = read_json(beside).get("eos_token_id") if beside.exists() else None
@@ -202,7 +202,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> RopeConfig:
 
 
 def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles:
-  """Raises InputError when there is no tokenizer.json, or one that is not JSON."""
+  """Reads every file of the tokenizer once. Raises InputError if tokenizer.json is absent or not JSON."""
   path = folder / "tokenizer.json"
   if not path.exists():
     raise InputError(
@@ -218,14 +218,14 @@ def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles:
     token = token.get("content") if isinstance(token, Mapping) else token
     if isinstance(token, str):
       special[name] = token
-  add_bos = settings.get("add_bos_token")
+  text, add_bos = read_text(path), settings.get("add_bos_token")
   if not isinstance(add_bos, bool):
-    add_bos = _post_processor_adds(read_json(path).get("post_processor"), special.get("bos_token"))
-  return TokenizerFiles(read_text(path), _chat_template(folder, settings), special, add_bos)
+    add_bos = _post_processor_adds(_parse_json(text, path).get("post_processor"), special.get("bos_token"))
+  return TokenizerFiles(text, _chat_template(folder, settings), special, add_bos)
 
 
 def _chat_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
-  """chat_template.jinja wins over tokenizer_config.json, where it is one text or a list of named ones."""
+  """chat_template.jinja, or else the text or the list of named texts in tokenizer_config.json."""
   if (folder / "chat_template.jinja").exists():
     return read_text(folder / "chat_template.jinja")
   template = settings.get("chat_template")
@@ -248,11 +248,13 @@ def _post_processor_adds(processor: Any, bos: str | None) -> bool:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Raises InputError unless the file is a JSON object."""
+  return _parse_json(read_text(path), path)
+
+
+def _parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   try:
-    value = json.loads(read_text(path))
+    value = json.loads(text)
   except (ValueError, RecursionError) as error:
-    if isinstance(error, InputError):
-      raise
     raise InputError(f"readers: {path} is not valid JSON: {error}. Fetch the file again.") from error
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
@@ -264,7 +266,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The shards that the index names, or the one safetensors file there is."""
+  """The shards that the index names, or the only safetensors file. Raises InputError for missing and ambiguous files."""
   if (folder / _INDEX).exists():
     shards = sorted(set(_weight_map(folder).values()))
     for shard in shards:
@@ -273,11 +275,11 @@ def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / shard for shard in shards]
   if (folder / "model.safetensors").is_file():
     return [folder / "model.safetensors"]
-  found = sorted(folder.glob("*.safetensors"))
-  if len(found) == 1:
-    return found
-  if found:
-    raise InputError(f"readers: {folder} holds {len(found)} safetensors files and no {_INDEX}. Fetch the index too.")
+  shards = sorted(folder.glob("*.safetensors"))
+  if len(shards) == 1:
+    return shards
+  if shards:
+    raise InputError(f"readers: {folder} holds {len(shards)} safetensors files and no {_INDEX}. Fetch the index too.")
   way_out = "Pass a folder with config.json and model.safetensors."
   if any(folder.glob("*.bin")):
     way_out = "Save its PyTorch weights again as safetensors."
