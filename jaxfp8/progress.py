@@ -46,13 +46,13 @@ class Progress:
     task = self._bar.add_task(title, total=None) if self._bar else None
 
     def report(done: int, total: int) -> None:
-      if self._bar:
+      if self._bar and task is not None:
         self._bar.update(task, completed=done, total=total)
 
     try:
       yield report
     finally:
-      if self._bar:
+      if self._bar and task is not None:
         self._bar.remove_task(task)
     if not self._bar and not self._silent and (seconds := time.perf_counter() - start) > 0.5:
       print(f"{title} took {seconds:.1f} s.", file=sys.stderr)

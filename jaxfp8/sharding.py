@@ -3,9 +3,12 @@
     make_mesh(config, tensor, data)  ->  Mesh ("data", "kv", "group")  ->  mesh_shape(mesh): MeshShape
 
 Every step runs over such a mesh, even if all its axes are 1. Sequences and pages are cut over data, KV heads over kv, query
-heads over (kv, group), F and V over both. K and V are replicated over group, so that `tensor` may exceed the number of KV heads.
+heads over (kv, group), F and V over both. K and V are replicated over group, so `tensor` may exceed the number of KV heads.
 The collectives take mesh axes; with axes None they are identities, so that the model runs with no mesh.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +32,7 @@ def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
   network. Raises InputError if the heads cannot be cut so, there are too few devices, or a process would have no part.
   """
   shape = MeshShape.for_model(config, tensor, data)
-  by_process: dict[int, list[jax.Device]] = {}
+  by_process: dict[int, list[Any]] = {}  # devices
   for device in jax.devices():
     by_process.setdefault(device.process_index, []).append(device)
   share, rest = divmod(shape.num_devices, len(by_process))
@@ -48,6 +51,11 @@ def make_mesh(config: LlamaConfig, tensor: int = 1, data: int = 1) -> Mesh:
 def mesh_shape(mesh: Mesh | None) -> MeshShape:
   """The sizes of a mesh from `make_mesh`; None is one device."""
   return MeshShape() if mesh is None else MeshShape(*(mesh.shape[axis] for axis in MESH_AXES))
+
+
+def abstract_array(shape: Sequence[int], dtype: Any) -> Any:
+  """A `jax.ShapeDtypeStruct`, typed as Any: abstract models, caches and batches hold such a leaf in place of an array."""
+  return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
 def sum_over(x: jax.Array, axes: Axes) -> jax.Array:

@@ -4,7 +4,8 @@
 requests and who owns which page (serving/scheduler.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import flax.struct
 import jax
@@ -23,6 +24,9 @@ class _Batch:
   tokens_T: jax.Array
   lengths_B: jax.Array
   page_table_BM: jax.Array
+  query_starts: Any  # int32 [B + 1], or None
+  replace: Callable[..., Self]
+  _way_out: ClassVar[str]
 
   def token_positions(self) -> tuple[jax.Array, jax.Array]:
     """(sequence of each token, its position in it), both int32 [T]; padding has position -1."""
@@ -47,7 +51,7 @@ class _Batch:
         reason = "the B of lengths_B" if expected == B else f"one more than the B = {B} of lengths_B"
         raise InputError(f"{batch}: {name} must have {axis} = {expected}, {reason}; got {size}. {self._way_out}")
 
-  def checked(self, num_pages: int, page_size: int) -> "_Batch":
+  def checked(self, num_pages: int, page_size: int) -> Self:
     """This batch. Under `pallas_kernels.debug_checks` its values are checked first.
 
     num_pages, page_size: of the pool. Raises ValueError for pages, lengths or query starts that cannot be.

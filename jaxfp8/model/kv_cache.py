@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE, PAGE_SIZES, Precision
-from jaxfp8.sharding import DATA, KV
+from jaxfp8.sharding import DATA, KV, abstract_array
 
 
 @flax.struct.dataclass
@@ -42,10 +42,10 @@ class KVCache:
       raise InputError(f"cache: num_pages must be at least 1; got {num_pages}.")
     L, P, K, C, H = config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim
     precision = Precision(dtype)
-    scale = jax.ShapeDtypeStruct((L, P, K, C), jnp.float32) if precision.dynamic is Precision.FP8 else None
+    scale = abstract_array((L, P, K, C), jnp.float32) if precision.dynamic is Precision.FP8 else None
     return cls(
-      k_pages=jax.ShapeDtypeStruct((L, P, K, C, H), precision.dtype),
-      v_pages=jax.ShapeDtypeStruct((L, P, K, H, C), precision.dtype),
+      k_pages=abstract_array((L, P, K, C, H), precision.dtype),
+      v_pages=abstract_array((L, P, K, H, C), precision.dtype),
       k_scale=scale,
       v_scale=scale,
     )

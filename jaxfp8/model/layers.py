@@ -23,7 +23,7 @@ from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.fp8 import QArray, quantize_tokens
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, Precision, Recipe
-from jaxfp8.sharding import TENSOR, Axes, concatenate_over, scatter_over, sum_over
+from jaxfp8.sharding import TENSOR, Axes, abstract_array, concatenate_over, scatter_over, sum_over
 from pallas_kernels import PartialSums, Quantized
 
 
@@ -100,7 +100,7 @@ class RMSNorm(nnx.Module):
   """Adds a sublayer's result to the residual stream and normalizes the sum for `reader`, the linear that takes it."""
 
   def __init__(self, shape: tuple[int, ...], eps: float, runtime: Runtime):
-    self.weight = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), partition=PartitionSpec())
+    self.weight = nnx.Param(abstract_array(shape, jnp.float32), partition=PartitionSpec())
     self.eps, self.runtime = eps, runtime
 
   def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear) -> tuple[jax.Array, jax.Array | Quantized]:
@@ -252,7 +252,7 @@ class LayerBuilder:
     run: the number of neighbouring input columns that stay together when columns are cut; None: all that a device has.
     Raises InputError if a cut would go through a block of 128 columns that has one scale.
     """
-    value = jax.ShapeDtypeStruct(shape, precision.dtype)
+    value = abstract_array(shape, precision.dtype)
     if precision != Precision.FP8:
       return Linear(value, partition, self.runtime)
     if self.recipe.granularity is Granularity.BLOCK128:
@@ -262,9 +262,10 @@ class LayerBuilder:
       scale_partition = partition
     else:
       scale_shape, scale_partition = shape[:-1], PartitionSpec(*partition[: len(shape) - 1])
-    scale = jax.ShapeDtypeStruct(scale_shape, jnp.float32)
-    input_scale = jax.ShapeDtypeStruct(shape[:1], jnp.float32) if self.recipe.activations.is_static else None
-    return Linear(QArray(value, scale), QArray(partition, scale_partition), self.runtime, input_scale)
+    scale = abstract_array(scale_shape, jnp.float32)
+    input_scale = abstract_array(shape[:1], jnp.float32) if self.recipe.activations.is_static else None
+    partitions: Any = (partition, scale_partition)  # a QArray of partition specs, leaf by leaf
+    return Linear(QArray(value, scale), QArray(*partitions), self.runtime, input_scale)
 
   def kv_scale(self) -> nnx.Param | None:
     """A stored scale for each KV head; None if the recipe has none."""

@@ -10,6 +10,7 @@ Refuses to know: where weights come from, how steps are compiled, how tokens are
 """
 
 import itertools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime, StepContext
 from jaxfp8.recipe import LayerFormat, Recipe
-from jaxfp8.sharding import TENSOR, Axes, index_over
+from jaxfp8.sharding import TENSOR, Axes, abstract_array, index_over
 from pallas_kernels import float8_bytes
 
 _MIN_CUT_ROWS = 512  # tokens of a prefill whose rows are cut over devices
@@ -61,13 +62,13 @@ class Llama(nnx.Module):
     self.runtime = Runtime(axes, implementation, target, self.recipe.activation_dtype, self.recipe.stream)
     builder = LayerBuilder(config, self.recipe, self.shape, self.runtime)
     vocab = (builder.padded.vocab_size, config.d_model)
-    self.embedding = nnx.Param(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))
+    self.embedding = nnx.Param(abstract_array(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))
     self.segments = nnx.List(
       DecoderLayer(builder.with_layers(stop - start), layer_format) for start, stop, layer_format in self.segment_bounds()
     )
     self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps, self.runtime)
     if not config.tied_embeddings:
-      self.head = Linear(jax.ShapeDtypeStruct(vocab, self.runtime.stream_dtype), PartitionSpec(TENSOR), self.runtime)
+      self.head = Linear(abstract_array(vocab, self.runtime.stream_dtype), PartitionSpec(TENSOR), self.runtime)
 
   def segment_bounds(self) -> list[tuple[int, int, LayerFormat]]:
     """(first layer, one past the last, format) of each segment."""
@@ -102,12 +103,13 @@ class Llama(nnx.Module):
       graph, stacked = nnx.split(segment)
 
       def run_layer(carry, inputs, graph=graph):
-        first_page, weights = inputs
-        return nnx.merge(graph, weights)(*carry, context.at_page(first_page))
+        (x, y, pool), (first_page, weights) = carry, inputs
+        return nnx.merge(graph, weights)(x, y, pool, context.at_page(first_page))
 
       first_pages = (start + jnp.arange(stop - start)) * num_pages
       x, y, pool = float8_bytes.loop(run_layer, (x, y, pool), (first_pages, stacked), self.runtime.target)
-    return context.gather_rows(self.final_norm(x, y, self.output)[1]), pool.unflatten(self.config.num_layers)
+    hidden = cast(jax.Array, self.final_norm(x, y, self.output)[1])  # never `Quantized`: the head is not float8
+    return context.gather_rows(hidden), pool.unflatten(self.config.num_layers)
 
   def row_axes(self, batch: PrefillBatch | DecodeBatch) -> Axes:
     """Mesh axes that the rows of the residual stream are cut over; None: every device has all rows.

@@ -32,7 +32,9 @@ def _shape_of(leaf) -> jax.ShapeDtypeStruct:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(likes: tuple, key: jax.Array) -> list:
-  return [_random(*like, weight_key) for like, weight_key in zip(likes, jax.random.split(key, len(likes)), strict=True)]
+  return [
+    _random(path, like, weight_key) for (path, like), weight_key in zip(likes, jax.random.split(key, len(likes)), strict=True)
+  ]
 
 
 def _random(path: tuple, like, key: jax.Array):

@@ -14,6 +14,7 @@ Refuses to know requests, text and how logits are computed.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -95,16 +96,21 @@ class SamplingBatch:
     """From each row's SamplingParams and number of prompt tokens. None is an empty row, which is sampled greedily."""
     rows = [p or SamplingParams() for p in params]
     return cls(
-      temperature_B=np.array([p.temperature for p in rows], np.float32),
-      top_k_B=np.array([p.top_k for p in rows], np.int32),
-      top_p_B=np.array([p.top_p for p in rows], np.float32),
-      min_p_B=np.array([p.min_p for p in rows], np.float32),
-      seed_B=np.array([p.seed for p in rows], np.uint32),
-      repetition_B=np.array([p.repetition_penalty for p in rows], np.float32),
-      frequency_B=np.array([p.frequency_penalty for p in rows], np.float32),
-      presence_B=np.array([p.presence_penalty for p in rows], np.float32),
-      num_prompt_B=np.array(num_prompt or [0] * len(rows), np.int32),
+      temperature_B=_host_array([p.temperature for p in rows], np.float32),
+      top_k_B=_host_array([p.top_k for p in rows], np.int32),
+      top_p_B=_host_array([p.top_p for p in rows], np.float32),
+      min_p_B=_host_array([p.min_p for p in rows], np.float32),
+      seed_B=_host_array([p.seed for p in rows], np.uint32),
+      repetition_B=_host_array([p.repetition_penalty for p in rows], np.float32),
+      frequency_B=_host_array([p.frequency_penalty for p in rows], np.float32),
+      presence_B=_host_array([p.presence_penalty for p in rows], np.float32),
+      num_prompt_B=_host_array(num_prompt or [0] * len(rows), np.int32),
     )
+
+
+def _host_array(values: list, dtype: Any) -> Any:
+  """A numpy array, typed as Any: it becomes a `jax.Array` when the step is called."""
+  return np.array(values, dtype)
 
 
 @flax.struct.dataclass
