@@ -7,13 +7,13 @@ implementations for one kind of hardware. This package never imports jaxfp8.
 from pallas_kernels.debug import debug_checks
 from pallas_kernels.dispatch import Target
 from pallas_kernels.float8 import Quantized
-from pallas_kernels.fp8_matmul.api import Sums, fp8_matmul, fp8_matmul_sums
+from pallas_kernels.fp8_matmul.api import PartialSums, fp8_matmul, fp8_matmul_sums
 from pallas_kernels.fused.api import page_write, residual_norm, rope_write, silu_multiply
 from pallas_kernels.paged_attention.api import paged_attention
 
 __all__ = [
+  "PartialSums",
   "Quantized",
-  "Sums",
   "Target",
   "debug_checks",
   "fp8_matmul",

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuned
 from pallas_kernels.dispatch import Target
 from pallas_kernels.float8 import Quantized
-from pallas_kernels.fp8_matmul.api import Sums, fp8_matmul
+from pallas_kernels.fp8_matmul.api import PartialSums, fp8_matmul
 from pallas_kernels.fused.api import residual_norm, rope_write, silu_multiply
 from pallas_kernels.paged_attention.api import paged_attention
 
@@ -149,7 +149,7 @@ def plain(tree):
   if isinstance(tree, Quantized):
     values = tree.values.reshape(tree.values.shape[0], -1).astype(jnp.float32)
     return values * (tree.scale[:, None] if tree.scale.ndim else tree.scale)
-  if isinstance(tree, Sums):
+  if isinstance(tree, PartialSums):
     return tree.finish(jnp.float32)
   if isinstance(tree, tuple) and len(tree) == 4 and tree[0].dtype == FP8:  # a pool of pages
     k, v, k_scale, v_scale = tree
@@ -160,12 +160,13 @@ def plain(tree):
 
 
 def fingerprint(device: jax.Device) -> str:
-  """A digest of all that decides what a kernel computes: the device's kind, its driver, jax, and our source."""
+  """A digest of all that decides what a kernel computes: the device's kind, driver, jax, our source, measured tile sizes."""
   driver = pathlib.Path("/proc/driver/nvidia/version")
   facts = [device.device_kind, device.client.platform_version, jax.__version__, driver.read_text() if driver.exists() else ""]
   digest = hashlib.sha256("\n".join(facts).encode())
   here = pathlib.Path(__file__).parent
-  for path in sorted([*here.rglob("*.py"), *here.rglob("*.json")]):
+  measured = [path for name in dispatch.OPERATIONS for folder in tuned.folders(name) for path in folder.glob("*.json")]
+  for path in sorted({*here.rglob("*.py"), *measured}):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:32]
 
@@ -235,7 +236,7 @@ def _rope_arguments(T=3, K=2, G=3, H=64, C=64):
 
 
 def _rope(parts, w_scale, x_scale, cos, sin, pages, table, lengths, **kernels):
-  return rope_write(Sums(parts, w_scale, x_scale), cos, sin, pages, table, None, lengths, first_page=1, **kernels)
+  return rope_write(PartialSums(parts, w_scale, x_scale), cos, sin, pages, table, None, lengths, first_page=1, **kernels)
 
 
 def _silu_arguments():
@@ -244,7 +245,7 @@ def _silu_arguments():
 
 
 def _silu(parts, w_scale, x_scale, **kernels):
-  return silu_multiply(Sums(parts, w_scale, x_scale), quantize=True, **kernels)
+  return silu_multiply(PartialSums(parts, w_scale, x_scale), quantize=True, **kernels)
 
 
 def _checks() -> Iterator[Check]:

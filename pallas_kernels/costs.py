@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.experimental.pallas as pl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Cost:
   @property
   def total_bytes(self) -> int:
     return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes + self.read_bytes + self.written_bytes
+
+  def estimate(self) -> pl.CostEstimate:
+    """This cost as XLA's scheduler and profilers read it."""
+    return pl.CostEstimate(flops=self.flops, transcendentals=0, bytes_accessed=self.total_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 HOPPER_SMS = 132  # multiprocessors of an H100 or H200 SXM, for a Target that does not give its number
+HOPPER_SHARED_BYTES = 232448  # shared memory that one SM can give to CTAs: 227 kB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,30 @@
 """Tile sizes that were measured on a device, which a kernel's tiling prefers to its formula.
 
-    <operation>/tuned/<device>.json, written by `jaxfp8 validate-gpu --tune`:
+    use_folder(cache / "tuned")                  the folder of this user's measurements, <folder>/<operation>/<device>.json
+    <package>/<operation>/tuned/<device>.json    measurements that are shipped
       {"device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": [9, 0], "num_sms": 132, "conditions": {...},
        "entries": [{"key": {...}, "sizes": {"stages": 6, ...}, "seconds": 9.1e-6, "formula_seconds": 1.0e-5}, ...]}
 
-An entry is found by its key (what a call is: regime, shapes, operands), in the files of devices with the target's compute
-capability and number of SMs, a file of its very kind first. No file, no entry: the formula. Sizes that cannot be are an error,
-never a reason to fall back silently; the tiling that asks says which sizes can be.
+An entry is found by its key (regime, shapes and operands of a call), in the files of devices with the target's compute
+capability and number of SMs: those of its very kind first, the user's before shipped ones. Without an entry the formula holds.
+Impossible sizes are an error, never a reason to fall back silently; each tiling says which sizes are possible. `jaxfp8
+validate-gpu` measures and writes. Nothing is ever written into the package.
 """
 
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import Target
+from pallas_kernels.dispatch import OPERATIONS, Target
 
 _HERE = pathlib.Path(__file__).parent
+_user_folder: pathlib.Path | None = None
 _forced = jax.make_user_context(None)  # part of jit's key: what was traced with other sizes is traced again
 
 
@@ -35,18 +39,25 @@ class Measured:
   sizes: Mapping[tuple, Mapping[str, int]]
 
 
-def folder(operation: str) -> pathlib.Path:
-  """Where an operation's files lie."""
-  return _HERE / operation / "tuned"
+def use_folder(path: str | os.PathLike | None) -> None:
+  """Sets the folder of this user's measurements for the whole process; None: only shipped ones count."""
+  global _user_folder
+  _user_folder = None if path is None else pathlib.Path(path)
+  _files.cache_clear()
+
+
+def folders(operation: str) -> tuple[pathlib.Path, ...]:
+  """The folders that hold an operation's files, the user's first."""
+  shipped = _HERE / OPERATIONS[operation] / "tuned"
+  return (shipped,) if _user_folder is None else (_user_folder / operation, shipped)
 
 
 def lookup(operation: str, target: Target, key: Mapping[str, Any]) -> dict[str, int]:
   """The measured sizes of the call `key` on `target`, empty where there are none. Raises ValueError for a damaged file."""
   if _forced.value is not None and _forced.value[0] == operation:
     return dict(_forced.value[1])
-  matching = (
-    file for file in _files(folder(operation)) if (file.capability, file.num_sms) == (target.capability, target.num_sms)
-  )
+  files = (file for folder in folders(operation) for file in _files(folder))
+  matching = (file for file in files if (file.capability, file.num_sms) == (target.capability, target.num_sms))
   for file in sorted(matching, key=lambda file: file.device_kind != target.kind):
     if _frozen(key) in file.sizes:
       return dict(file.sizes[_frozen(key)])
@@ -54,21 +65,21 @@ def lookup(operation: str, target: Target, key: Mapping[str, Any]) -> dict[str, 
 
 
 def trying(operation: str, sizes: Mapping[str, int]):
-  """A context in which every call of `operation` gets these sizes: for measuring them."""
+  """A context in which every call of `operation` gets these sizes, to measure them."""
   return _forced((operation, tuple(sorted(sizes.items()))))
 
 
 def refuse(operation: str, sizes: Mapping[str, int], rule: str) -> None:
-  """Raises the ValueError for measured sizes that cannot be."""
+  """Raises the ValueError for impossible measured sizes."""
   raise ValueError(
-    f"{operation}: measured tile sizes need {rule}; got {json.dumps(dict(sizes))} from {folder(operation)}. "
-    "Delete the entry, or measure again with jaxfp8 validate-gpu --tune."
+    f"{operation}: measured tile sizes need {rule}; got {json.dumps(dict(sizes))} from "
+    f"{' or '.join(map(str, folders(operation)))}. Delete the entry, or measure again with jaxfp8 validate-gpu."
   )
 
 
 @functools.cache
-def _files(where: pathlib.Path) -> tuple[Measured, ...]:
-  return tuple(_read(path) for path in sorted(where.glob("*.json")))
+def _files(folder: pathlib.Path) -> tuple[Measured, ...]:
+  return tuple(_read(path) for path in sorted(folder.glob("*.json")))
 
 
 def _read(path: pathlib.Path) -> Measured:
@@ -80,7 +91,7 @@ def _read(path: pathlib.Path) -> Measured:
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"tuned: {path} does not hold measured tile sizes ({type(error).__name__}: {error}). Delete it, or measure again with "
-      "jaxfp8 validate-gpu --tune."
+      "jaxfp8 validate-gpu."
     ) from error
 
 
@@ -97,19 +108,22 @@ def _frozen(key: Mapping[str, Any]) -> tuple:
   return tuple(sorted(key.items()))
 
 
-def write(operation: str, device: Mapping[str, Any], entries: list[Mapping[str, Any]], where: pathlib.Path) -> pathlib.Path:
-  """Adds entries to the device's file in `where`, new ones in place of old ones with their key. Returns its path.
+def write(operation: str, device: Mapping[str, Any], entries: list[dict[str, Any]]) -> pathlib.Path:
+  """Adds entries to the device's file in the user's folder, in place of those with their keys. Returns the file's path.
 
-  device: device_kind, compute_capability, num_sms, conditions.
+  device: device_kind, compute_capability, num_sms, conditions. Raises ValueError if no folder has been set.
   """
+  if _user_folder is None:
+    raise ValueError("tuned: measured tile sizes need a folder; got none. Call use_folder first.")
+  folder = _user_folder / operation
   name = "".join(c if c.isalnum() else "-" for c in device["device_kind"].lower())
-  path = where / f"{name}.json"
+  path = folder / f"{name}.json"
   merged: dict[tuple, Mapping[str, Any]] = {}
   if path.exists():
     _read(path)
     merged = {_frozen(entry["key"]): entry for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]}
   merged |= {_frozen(entry["key"]): entry for entry in entries}
-  where.mkdir(parents=True, exist_ok=True)
+  folder.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".part")
   lines = ",\n".join("  " + json.dumps(entry) for entry in merged.values())
   temporary.write_text(json.dumps(dict(device))[:-1] + f',\n "entries": [\n{lines}\n]}}\n', encoding="utf-8")

@@ -256,10 +256,18 @@ def keep_compiled_programs(cache_dir: str) -> None:
     return
   import jax
 
+  use_measured_tiles(cache_dir)
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache_dir).expanduser() / "programs"))
   jax.config.update("jax_enable_compilation_cache", os.environ.get("JAX_PLATFORMS") != "cpu")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def use_measured_tiles(cache_dir: str) -> None:
+  """Lets kernels use the tile sizes that `jaxfp8 validate-gpu` has measured and kept in `cache_dir`."""
+  from pallas_kernels import tuned
+
+  tuned.use_folder(pathlib.Path(cache_dir).expanduser() / "tuned" if cache_dir else None)
 
 
 def _one_line(error: Exception) -> str:

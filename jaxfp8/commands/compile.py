@@ -44,10 +44,10 @@ def main() -> int:
   from pallas_kernels import dispatch
   from pallas_kernels.cases import CASES
 
-  kernels = sorted({case.kernel for case in CASES})
+  kernels = sorted({case.operation for case in CASES})
   if FLAGS.kernel and FLAGS.kernel not in kernels:
     raise InputError(f"compile: --kernel must be one of {', '.join(kernels)}; got {FLAGS.kernel!r}.")
-  cases = [case for case in CASES if FLAGS.kernel in ("", case.kernel) and FLAGS.case in case.name]
+  cases = [case for case in CASES if FLAGS.kernel in ("", case.operation) and FLAGS.case in case.name]
   if not cases:
     raise InputError(f"compile: no case's name contains {FLAGS.case!r}. Leave --case out to see all.")
   spec = load_device(FLAGS.device)
@@ -67,7 +67,7 @@ def main() -> int:
 
 def describe(case, result, spec, target) -> list[dict]:
   """A row for each kernel of a call; bytes and operations stand with the first. `result`: reports, or what went wrong."""
-  row = {"kernel": f"{case.kernel}/{case.name}", "device": spec.name, "error": result if isinstance(result, str) else ""}
+  row = {"kernel": f"{case.operation}/{case.name}", "device": spec.name, "error": result if isinstance(result, str) else ""}
   if row["error"]:
     return [row | dict.fromkeys(("registers", "spill_bytes", "stack_bytes", "smem_bytes", "bytes_in_flight", "opcodes"))]
   rows = []

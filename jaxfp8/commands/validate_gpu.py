@@ -3,8 +3,8 @@
     jaxfp8 validate-gpu
 
 Compares every kernel with XLA and with float32, times them by the device's own events beside its peaks, runs prefill and decode
-of a model of random weights beside its roofline, and looks for better tile sizes, which later runs on this device use
-(pallas_kernels/<operation>/tuned/). All of it goes into one Markdown file, with the records as JSON at its end: attach it to a
+of a model of random weights beside its roofline, and looks for better tile sizes, which later runs on this device take from
+the cache folder. All of it goes into one Markdown file, with the records as JSON at its end: attach it to a
 report. Each stage runs in a process of its own, so that a kernel that takes the process with it costs one line. Needs a GPU.
 """
 
@@ -17,13 +17,14 @@ import time
 from absl import flags
 
 from jaxfp8 import child_process
-from jaxfp8.commands.command import Command, run
+from jaxfp8.commands.command import DEFAULT_CACHE_DIR, Command, run
 from jaxfp8.commands.gpu_validation import report as gpu_report
 from jaxfp8.errors import InputError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_float("minutes", 10, "How long it may take; what is not reached by then is said.", flag_values=FLAGS)
-flags.DEFINE_bool("tune", True, "Look for tile sizes and keep those that are faster.", flag_values=FLAGS)
+flags.DEFINE_bool("tune", True, "Look for tile sizes and keep faster ones in the cache folder.", flag_values=FLAGS)
+flags.DEFINE_string("cache_dir", DEFAULT_CACHE_DIR, "The cache folder; measured tile sizes are in it.", flag_values=FLAGS)
 flags.DEFINE_string("output", "", "The report's file (gpu-DEVICE.md).", flag_values=FLAGS)
 flags.DEFINE_bool(
   "rehearse", False, "Go through it on this CPU: kernels interpreted, small, times without meaning.", flag_values=FLAGS
@@ -39,6 +40,10 @@ def main() -> int:
     raise InputError(f"validate-gpu: --minutes must be positive; got {FLAGS.minutes:g}. Leave it out for ten.")
   if FLAGS.output and not pathlib.Path(FLAGS.output).absolute().parent.is_dir():
     raise InputError(f"validate-gpu: the folder of --output={FLAGS.output} does not exist. Make it first.")
+  if FLAGS.tune and not FLAGS.cache_dir:
+    raise InputError(
+      "validate-gpu: --tune needs a folder for its results; --cache_dir is empty. Pass --notune."
+    )
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not FLAGS.rehearse:
     raise InputError(
       "validate-gpu: needs an NVIDIA GPU, and there is none here that JAX may use. Run it where one is; jaxfp8 "
@@ -90,7 +95,7 @@ def run_stage(stage: str, names: list[str], until: float) -> list[dict]:
 
 def child(stage: str, names: list[str], until: float) -> tuple[dict[str, dict], str]:
   """(records by name as far as the child got, what it said where it died)."""
-  request = {"stage": stage, "names": names, "until": until, "rehearsal": FLAGS.rehearse}
+  request = {"stage": stage, "names": names, "until": until, "rehearsal": FLAGS.rehearse, "cache_dir": FLAGS.cache_dir}
   timeout_s = max(1.0, until - time.time()) + GRACE_SECONDS
   reply = child_process.ask(child_process.Child.GPU_VALIDATION, request, timeout_s=timeout_s)
   return {record["name"]: record for record in reply.answers}, reply.failure

@@ -13,19 +13,20 @@ from pallas_kernels import dispatch
 BLOCK = 128  # side of a weight-scale block
 
 
-class Sums(NamedTuple):
-  """A product whose last steps are left to what reads it: y [T, F] = (sum over S of parts_STF) * w_scale * x_scale.
+class PartialSums(NamedTuple):
+  """A product whose last steps are left to its reader: y [T, F] = (sum over S of splits_STF) * w_scale * x_scale.
 
-  w_scale: float32 [F] or None. x_scale: float32 [T], [] or None. None: applied already.
+  splits_STF: float32 sums over each split of D; for S = 1 the product itself, if both scales are None.
+  w_scale: float32 [F], or None if already applied. x_scale: float32 [T] or [], or None if already applied.
   """
 
-  parts_STF: jax.Array
+  splits_STF: jax.Array
   w_scale: jax.Array | None = None
   x_scale: jax.Array | None = None
 
   def finish(self, dtype: jnp.dtype) -> jax.Array:
-    """y [T, F] in `dtype`. Parts of a finished product are that already."""
-    y = self.parts_STF[0] if self.parts_STF.shape[0] == 1 else jnp.sum(self.parts_STF, axis=0)
+    """y [T, F] in `dtype`."""
+    y = self.splits_STF[0] if self.splits_STF.shape[0] == 1 else jnp.sum(self.splits_STF, axis=0)
     if self.w_scale is not None:
       y = y * self.w_scale
     if self.x_scale is not None:
@@ -47,8 +48,8 @@ def fp8_matmul_sums(
   out_dtype: jnp.dtype = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
-) -> Sums:
-  """The product as it leaves its kernel: parts to be summed and scaled, or one finished part in `out_dtype`.
+) -> PartialSums:
+  """The product as it leaves its kernel: splits to be summed and scaled, or a finished product in `out_dtype`.
 
   Args:
     x_TD: activations, bf16 or f32; float8_e4m3fn with `x_scale` (W8A8).
@@ -65,7 +66,7 @@ def fp8_matmul_sums(
   _check(x_TD, w_FD, w_scale, x_scale)
   target = target or dispatch.default_target()
   y = dispatch.run("fp8_matmul", implementation, target, x_TD, w_FD, w_scale, x_scale, out_dtype=out_dtype)
-  return y if isinstance(y, Sums) else Sums(y[None])
+  return y if isinstance(y, PartialSums) else PartialSums(y[None])
 
 
 def is_float8(x: jax.Array) -> bool:

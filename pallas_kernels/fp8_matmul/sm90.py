@@ -22,6 +22,7 @@ A row's bits depend on the regime (skinny or wide), the shapes of w and the devi
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,41 +30,53 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.costs import record
+from pallas_kernels.costs import Cost, record
 from pallas_kernels.dispatch import HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
-from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, call_cost, choose_tiling, form_of, unit_of
+from pallas_kernels.fp8_matmul.cost import call_cost
+from pallas_kernels.fp8_matmul.tiling import MAX_SKINNY, WG_ROWS, Form, Tiling, choose_tiling, form_of, unit_of
 from pallas_kernels.register_layouts import row_layout
 
 _WIDENED = 64  # columns widened at once, which bounds registers
 _LAYOUT = plgpu.Layout.WGMMA
 
 
-def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> jax.Array | api.Sums:
+class _Operands(NamedTuple):
+  """A kernel's inputs in device memory. A scale that the kernel does not apply is None."""
+
+  x: jax.Array  # [tokens, D]
+  w: jax.Array  # [F, D]
+  block_scale: jax.Array | None = None  # [F / R, D / 128]
+  w_scale: jax.Array | None = None  # of each row of w, in whole tiles
+  x_scale: jax.Array | None = None  # of each token, in whole tiles; [1] for a static scale
+
+
+def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> jax.Array | api.PartialSums:
   form = form_of(x_TD, w_FD, w_scale)
   T, (F, D) = x_TD.shape[0], w_FD.shape
   tiling = choose_tiling(T, F, D, form, target)
   if form.widens:
     x_TD, x_scale = power_of_two_scale(x_TD)
-  x = jnp.pad(x_TD, ((0, -T % 8), (0, 0)))
-  block_scale = (w_scale,) if form.block_rows else ()
-  channel_scale = None if form.block_rows else w_scale
+  block_scale, channel_scale = (w_scale, None) if form.block_rows else (None, w_scale)
+  operands = _Operands(jnp.pad(x_TD, ((0, -T % 8), (0, 0))), w_FD, block_scale)
   if T > MAX_SKINNY:
-    scales = _per(F, tiling.rows, channel_scale), _per(T, tiling.tokens, x_scale)
-    y = _wide(x, w_FD, block_scale, scales, form, tiling, out_dtype, target)
-    record("fp8_matmul", call_cost(x_TD, w_FD, (w_scale, x_scale), y))
+    operands = operands._replace(w_scale=_per(F, tiling.rows, channel_scale), x_scale=_per(T, tiling.tokens, x_scale))
+    out_type = jax.ShapeDtypeStruct((operands.x.shape[0], -(-F // WG_ROWS) * WG_ROWS), out_dtype)
+    cost = call_cost(x_TD, w_FD, (w_scale, x_scale), out_type)
+    y = _wide(operands, form, tiling, out_type, cost, target=target)
+    record("fp8_matmul", cost)
     return y[:T, :F]
-  if tiling.splits > 1:
-    y = _skinny(x, w_FD, block_scale, None, None, form, tiling, jnp.float32)
-    record("fp8_matmul", call_cost(x_TD, w_FD, (*(block_scale or (None,)), None), y))
-    return api.Sums(y[:, :T, :F], channel_scale, x_scale)
-  read = w_scale, x_scale
-  w_scale = None if channel_scale is None else _per(F, tiling.rows, channel_scale)
-  if x_scale is not None:
-    x_scale = _per(T, tiling.tokens, x_scale) if x_scale.ndim else x_scale[None]
-  y = _skinny(x, w_FD, block_scale, w_scale, x_scale, form, tiling, out_dtype)
-  record("fp8_matmul", call_cost(x_TD, w_FD, read, y))
-  return y[0, :T, :F]
+  is_whole = tiling.splits == 1
+  out_shape = tiling.splits, tiling.tokens, -(-F // tiling.rows) * tiling.rows
+  out_type = jax.ShapeDtypeStruct(out_shape, out_dtype if is_whole else jnp.float32)
+  cost = call_cost(x_TD, w_FD, (w_scale, x_scale) if is_whole else (block_scale, None), out_type)
+  if is_whole and channel_scale is not None:
+    operands = operands._replace(w_scale=_per(F, tiling.rows, channel_scale))
+  if is_whole and x_scale is not None:
+    operands = operands._replace(x_scale=_per(T, tiling.tokens, x_scale) if x_scale.ndim else x_scale[None])
+  y = _skinny(operands, form, tiling, out_type, cost)
+  record("fp8_matmul", cost)
+  return y[0, :T, :F] if is_whole else api.PartialSums(y[:, :T, :F], channel_scale, x_scale)
 
 
 def power_of_two_scale(x):
@@ -134,9 +147,9 @@ def _product(w_smem, x_smem, form: Form):
   return pl.run_scoped(multiply, plgpu.ACC((w_smem.shape[0], x_smem.shape[0]), jnp.float32))
 
 
-def _step(form: Form, tiling: Tiling, w_FD, scale_gmem, row_tile, first_step):
-  """The pipeline's body: adds one stage's products to the float32 sum."""
-  F, D = w_FD.shape
+def _step(form: Form, tiling: Tiling, w_shape: tuple[int, int], scale_gmem, *, row_tile, first_step):
+  """The pipeline's body: adds one stage's products to the float32 sum, times the block scales where there are any."""
+  F, D = w_shape
   wg = lax.axis_index("wg")
   width = unit_of(D, form)
 
@@ -166,38 +179,35 @@ def _zeros(tiling):
   return plgpu.layout_cast(jnp.zeros((WG_ROWS, tiling.tokens), jnp.float32), _LAYOUT)
 
 
-def _skinny(x, w_FD, block_scale, w_scale, x_scale, form: Form, tiling: Tiling, out_dtype):
-  """[splits, tokens, F and what makes it whole tiles]: sums of each part of D, scaled where scales are given."""
-  F, D = w_FD.shape
+def _skinny(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.ShapeDtypeStruct, cost: Cost):
+  """[splits, tokens, F and padding to whole tiles]: the sums of each split of D, times the scales that are given."""
+  F, D = operands.w.shape
   wgs = tiling.rows // WG_ROWS
-  row_tiles = -(-F // tiling.rows)
   steps = D // tiling.depth // tiling.splits
-  scales = [scale for scale in (w_scale, x_scale) if scale is not None]
-  turned = row_layout(tiling.tokens)
+  transposed = row_layout(tiling.tokens)
 
-  def kernel(x_gmem, w_gmem, *rest):
-    *scale_gmem, out_gmem, turn_smem = rest
-    row_tile, part = lax.axis_index("row"), lax.axis_index("split")
-    first_step = part * steps
+  def kernel(gmem: _Operands, out_gmem, *, tile_smem):
+    row_tile, split = lax.axis_index("row"), lax.axis_index("split")
+    first_step = split * steps
 
     def compute(pipeline):
       wg = lax.axis_index("wg")
       rows = pl.ds(row_tile * tiling.rows + wg * WG_ROWS, WG_ROWS)
-      turn_smem[wg] = pipeline(_zeros(tiling))
+      tile_smem[wg] = pipeline(_zeros(tiling))
       plgpu.commit_smem()
-      total = plgpu.load(turn_smem.at[wg].transpose((1, 0)), layout=turned, optimized=False)
-      if w_scale is not None:
-        per_row = plgpu.load(scale_gmem[-len(scales)].at[rows], layout=turned.reduce(0), optimized=False)
-        total = total * lax.broadcast_in_dim(per_row, total.shape, [1])
-      if x_scale is not None and x_scale.size == 1:
-        total = total * scale_gmem[-1][0]
-      elif x_scale is not None:
-        per_token = plgpu.load(scale_gmem[-1], layout=turned.reduce(1), optimized=False)
-        total = total * lax.broadcast_in_dim(per_token, total.shape, [0])
-      plgpu.store(out_gmem.at[part, :, rows], total.astype(out_dtype), optimized=False)
+      total = plgpu.load(tile_smem.at[wg].transpose((1, 0)), layout=transposed, optimized=False)
+      if gmem.w_scale is not None:
+        per_row = plgpu.load(gmem.w_scale.at[rows], layout=transposed.reduce(0), optimized=False)
+        total = total * lax.broadcast_in_dim(per_row, total.shape, [1])  # mutant: channel scale
+      if gmem.x_scale is not None and gmem.x_scale.size == 1:
+        total = total * gmem.x_scale[0]  # mutant: static scale
+      elif gmem.x_scale is not None:
+        per_token = plgpu.load(gmem.x_scale, layout=transposed.reduce(1), optimized=False)
+        total = total * lax.broadcast_in_dim(per_token, total.shape, [0])  # mutant: token scale
+      plgpu.store(out_gmem.at[split, :, rows], total.astype(out_type.dtype), optimized=False)
 
     plgpu.emit_pipeline_warp_specialized(
-      _step(form, tiling, w_FD, scale_gmem[0] if block_scale else None, row_tile, first_step),
+      _step(form, tiling, operands.w.shape, gmem.block_scale, row_tile=row_tile, first_step=first_step),
       grid=(steps,),
       memory_registers=40,
       in_specs=_specs(form, tiling, row_tile, 0, first_step),
@@ -205,29 +215,29 @@ def _skinny(x, w_FD, block_scale, w_scale, x_scale, form: Form, tiling: Tiling, 
       num_compute_wgs=wgs,
       max_concurrent_steps=tiling.stages,
       compute_context=compute,
-    )(x_gmem, w_gmem)
+    )(gmem.x, gmem.w)
 
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((tiling.splits, tiling.tokens, row_tiles * tiling.rows), out_dtype),
-    grid=(row_tiles, tiling.splits),
+    out_type=out_type,
+    grid=(-(-F // tiling.rows), tiling.splits),
     grid_names=("row", "split"),
     num_threads=wgs + 1,
     thread_name="wg",
-    scratch_types=[plgpu.SMEM((wgs, WG_ROWS, tiling.tokens), jnp.float32)],
-  )(x, w_FD, *block_scale, *scales)
+    scratch_types={"tile_smem": plgpu.SMEM((wgs, WG_ROWS, tiling.tokens), jnp.float32)},
+    cost_estimate=cost.estimate(),
+  )(operands)
 
 
-def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, target):
-  """[tokens, F and what makes it a multiple of 64] in out_dtype, all scales applied."""
-  F, D = w_FD.shape
-  T = x.shape[0]
+def _wide(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.ShapeDtypeStruct, cost: Cost, *, target: Target):
+  """[tokens, F and padding to a multiple of 64], all scales applied."""
+  F, D = operands.w.shape
+  T, out_dtype = operands.x.shape[0], out_type.dtype
   wgs = tiling.rows // WG_ROWS
   row_tiles, token_tiles = -(-F // tiling.rows), -(-T // tiling.tokens)
   num_ctas = min(target.num_sms or HOPPER_SMS, row_tiles * token_tiles)
 
-  def kernel(x_gmem, w_gmem, *rest):
-    *scale_gmem, w_scale_gmem, x_scale_gmem, out_gmem, out_smem = rest
+  def kernel(gmem: _Operands, out_gmem, *, out_smem):
     wg = lax.axis_index("wg")
 
     def pipeline_at(row_tile, token_tile, step, compute):
@@ -242,7 +252,7 @@ def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, t
         compute_context=compute,
       )
 
-    allocations = pipeline_at(0, 0, _no_step, _no_step).get_allocations(x_gmem, w_gmem)
+    allocations = pipeline_at(0, 0, _no_step, _no_step).get_allocations(gmem.x, gmem.w)
 
     @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
     def _(allocations):
@@ -254,26 +264,27 @@ def _wide(x, w_FD, block_scale, scales, form: Form, tiling: Tiling, out_dtype, t
 
         def compute(pipeline):
           total = pipeline(_zeros(tiling))
-          w_scale = plgpu.load(w_scale_gmem.at[pl.ds(row, WG_ROWS)], layout=_LAYOUT.reduce(1), optimized=False)
-          x_scale = plgpu.load(x_scale_gmem.at[pl.ds(token, tiling.tokens)], layout=_LAYOUT.reduce(0), optimized=False)
+          w_scale = plgpu.load(gmem.w_scale.at[pl.ds(row, WG_ROWS)], layout=_LAYOUT.reduce(1), optimized=False)
+          x_scale = plgpu.load(gmem.x_scale.at[pl.ds(token, tiling.tokens)], layout=_LAYOUT.reduce(0), optimized=False)
           total = total * lax.broadcast_in_dim(w_scale, total.shape, [0]) * lax.broadcast_in_dim(x_scale, total.shape, [1])
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
-          turned = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-          out_smem.at[wg].transpose((1, 0))[...] = turned
+          transposed = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+          out_smem.at[wg].transpose((1, 0))[...] = transposed
           plgpu.commit_smem()
           plgpu.copy_smem_to_gmem(out_smem.at[wg], out_gmem.at[pl.ds(token, tiling.tokens), pl.ds(row, WG_ROWS)])
 
-        step = _step(form, tiling, w_FD, scale_gmem[0] if scale_gmem else None, row_tile, 0)
-        pipeline_at(row_tile, token_tile, step, compute)(x_gmem, w_gmem, allocations=allocations)
+        step = _step(form, tiling, operands.w.shape, gmem.block_scale, row_tile=row_tile, first_step=0)
+        pipeline_at(row_tile, token_tile, step, compute)(gmem.x, gmem.w, allocations=allocations)
 
       plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct((T, -(-F // WG_ROWS) * WG_ROWS), out_dtype),
+    out_type=out_type,
     grid=(num_ctas,),
     grid_names=("cta",),
     num_threads=wgs + 1,
     thread_name="wg",
-    scratch_types=[plgpu.SMEM((wgs, tiling.tokens, WG_ROWS), out_dtype, transforms=transforms(out_dtype, WG_ROWS))],
-  )(x, w_FD, *block_scale, *scales)
+    scratch_types={"out_smem": plgpu.SMEM((wgs, tiling.tokens, WG_ROWS), out_dtype, transforms=transforms(out_dtype, WG_ROWS))},
+    cost_estimate=cost.estimate(),
+  )(operands)

@@ -1,4 +1,4 @@
-"""Tile sizes of the Hopper fp8_matmul, and what a call costs: plain integers, no kernel.
+"""Tile sizes of the Hopper fp8_matmul: plain integers, no kernel.
 
 Few tokens: what counts is bytes of weights under way. By Little's law one SM of an H100 needs 18 KB in flight to draw its share
 of 3.35 TB/s at 700 ns (26 KB on an H200); the ring of stages, times the CTAs that fit, is at least 32 KB and mostly 100.
@@ -10,13 +10,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
-from pallas_kernels.costs import Cost, bytes_of
-from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.dispatch import HOPPER_SHARED_BYTES, HOPPER_SMS, Target
 from pallas_kernels.fp8_matmul import api
 
 WG_ROWS = 64  # rows of one wgmma
-MAX_SKINNY = 64  # tokens
-SM_BYTES = 232448  # shared memory that one SM can give to CTAs
+MAX_FEW, MAX_SKINNY = 16, 64  # tokens of the two skinny regimes
 _CTA_BYTES = 1024  # what the hardware keeps of it for each CTA
 _SCRATCH_BYTES = 1024  # barriers and Mosaic's own
 
@@ -72,7 +70,12 @@ def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
 
 def key_of(T: int, F: int, D: int, form: Form) -> dict[str, str | int]:
   """How a measured entry is found. Sizes: rows, depth, stages, splits, and for wide ones tokens."""
-  return {"regime": "wide" if T > MAX_SKINNY else "skinny-64" if T > 16 else "skinny-16", "F": F, "D": D, "form": str(form)}
+  return {
+    "regime": "wide" if T > MAX_SKINNY else "skinny-64" if T > MAX_FEW else "skinny-16",
+    "F": F,
+    "D": D,
+    "form": str(form),
+  }
 
 
 def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> Tiling:
@@ -103,7 +106,7 @@ def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> 
 
 def _room(ctas: int) -> int:
   """Bytes of shared memory that a CTA has for its ring and its results."""
-  return SM_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
+  return HOPPER_SHARED_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
 
 
 def _formula(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
@@ -115,7 +118,7 @@ def _formula(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
     tiling = Tiling(rows, tokens, unit, 1, 1, 1)
     room = _room(1) - tokens * rows * 4
   else:
-    few = T <= 16
+    few = T <= MAX_FEW
     long = 2 * unit if D % (2 * unit) == 0 else unit
     rows = 2 * WG_ROWS if not few and WG_ROWS * sms <= F else WG_ROWS
     splits = _choose_splits(-(-F // WG_ROWS), D // long, sms)
@@ -132,28 +135,6 @@ def unit_of(D: int, form: Form) -> int:
   """Columns that are summed in one accumulator: 128 bytes of a row of w, or 64 where D allows no more."""
   unit = 128 // jnp.dtype(form.w_dtype).itemsize
   return unit if D % unit == 0 else 64 // jnp.dtype(form.w_dtype).itemsize
-
-
-def cost(T: int, F: int, D: int, form: Form, target: Target) -> tuple[int, int]:
-  """(bytes that TMA reads, float operations) of the kernel. Not counted: scales, and the partial sums that XLA adds up."""
-  tiling = choose_tiling(T, F, D, form, target)
-  tokens = -(-T // 8) * 8
-  read_w = -(-tokens // tiling.tokens) * F * D * jnp.dtype(form.w_dtype).itemsize
-  read_x = -(-F // tiling.rows) * tokens * D * jnp.dtype(form.x_dtype).itemsize
-  return read_w + read_x, 2 * T * F * D
-
-
-def call_cost(x_TD, w_FD, scales, y) -> Cost:
-  """What has to cross device memory, whatever tiles read again from L2. scales: those of w and of x that the kernel reads."""
-  w_scale, x_scale = scales
-  number_format = "fp8" if x_TD.dtype == jnp.float8_e4m3fn else "bf16"
-  return Cost(
-    bytes_of(w_FD, w_scale),
-    read_bytes=bytes_of(x_TD, x_scale),
-    written_bytes=bytes_of(y),
-    flops=2 * x_TD.shape[0] * w_FD.size,
-    number_format=number_format,
-  )
 
 
 def form_of(x_TD, w_FD, w_scale) -> Form:

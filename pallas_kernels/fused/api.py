@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import debug, dispatch
 from pallas_kernels.float8 import Quantized
-from pallas_kernels.fp8_matmul.api import Sums
+from pallas_kernels.fp8_matmul.api import PartialSums
 
 
 def residual_norm(
@@ -51,7 +51,7 @@ def residual_norm(
 
 
 def rope_write(
-  qkv: Sums,
+  qkv: PartialSums,
   cos_TH: jax.Array,
   sin_TH: jax.Array,
   pages: tuple[jax.Array, ...],
@@ -82,7 +82,7 @@ def rope_write(
     ValueError: shapes or dtypes disagree, or a forced implementation cannot run.
   """
   _, K, _, H = pages[0].shape
-  T, F = qkv.parts_STF.shape[1:]
+  T, F = qkv.splits_STF.shape[1:]
   if F % (K * H) or F < 3 * K * H or cos_TH.shape != (T, H // 2) or sin_TH.shape != (T, H // 2):
     raise ValueError(
       f"rope_write: with pages of K={K} heads of H={H}, qkv must be [T, K * (G + 2) * H] and cos and sin [T, H / 2]; got "
@@ -98,7 +98,7 @@ def rope_write(
 
 
 def silu_multiply(
-  gate_up: Sums,
+  gate_up: PartialSums,
   *,
   quantize: bool = False,
   static_scale: jax.Array | None = None,
@@ -110,8 +110,8 @@ def silu_multiply(
 
   quantize, static_scale: as in `residual_norm`. Raises ValueError where a forced implementation cannot run.
   """
-  if gate_up.parts_STF.shape[2] % 2:
-    raise ValueError(f"silu_multiply: needs gates and as many ups; got {gate_up.parts_STF.shape[2]} columns.")
+  if gate_up.splits_STF.shape[2] % 2:
+    raise ValueError(f"silu_multiply: needs gates and as many ups; got {gate_up.splits_STF.shape[2]} columns.")
   target = target or dispatch.default_target()
   options = {"quantize": quantize, "static_scale": static_scale, "dtype": jnp.dtype(dtype)}
   return dispatch.run("silu_multiply", implementation, target, gate_up, **options)

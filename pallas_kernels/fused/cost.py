@@ -8,8 +8,8 @@ def residual_norm(x_TD, y_TD, weight_D, outputs) -> Cost:
 
 
 def silu_multiply(sums, outputs) -> Cost:
-  """sums: fp8_matmul's Sums. The scales of rows are weights, read here where the product left them."""
-  read = bytes_of(sums.parts_STF, sums.x_scale)
+  """sums: fp8_matmul's PartialSums. The scales of rows are weights, read here where the product left them."""
+  read = bytes_of(sums.splits_STF, sums.x_scale)
   return Cost(bytes_of(sums.w_scale), read_bytes=read, written_bytes=bytes_of(*outputs), flops=10 * outputs[0].size)
 
 
@@ -21,7 +21,7 @@ def rope_write(sums, cos_TH, sin_TH, pages, q_TNH) -> Cost:
   return Cost(
     bytes_of(sums.w_scale),
     kv_written_bytes=T * K * a_head,
-    read_bytes=bytes_of(sums.parts_STF, sums.x_scale, cos_TH, sin_TH),
+    read_bytes=bytes_of(sums.splits_STF, sums.x_scale, cos_TH, sin_TH),
     written_bytes=bytes_of(q_TNH),
     flops=6 * T * (N + K) * H,
   )

@@ -1,4 +1,4 @@
-"""The small operations as Pallas Mosaic GPU kernels. Loads and stores only, so any GPU that Mosaic lowers for can run them.
+"""The small operations on Hopper: loads and stores only, no instruction that is Hopper's own.
 
     residual_norm   CTA = one token; up to 4 warpgroups share its row
     silu_multiply   likewise
@@ -10,6 +10,8 @@ Sizes: D and F multiples of 128; heads of 64 or 128.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,159 +21,224 @@ from jax import lax
 
 from pallas_kernels import costs
 from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
-from pallas_kernels.fp8_matmul.api import Sums
-from pallas_kernels.fused import cost
+from pallas_kernels.fp8_matmul.api import PartialSums
+from pallas_kernels.fused import cost as costs_of
 from pallas_kernels.paged_attention.reference import query_places
+from pallas_kernels.paged_attention.tiling import HEAD_SIZES
 from pallas_kernels.register_layouts import flat_layout, row_layout
 
 _MOST_A_THREAD = 32  # elements of one array that a thread loads at once
 
 
-def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target):
+class _Activations(NamedTuple):
+  """A kernel's outputs that the next linear reads: [T, width], and for float8 without a static scale one scale a token."""
+
+  values: Any
+  scale: Any = None
+
+
+class _NormOperands(NamedTuple):
+  x: jax.Array  # [T, D]
+  y: jax.Array
+  weight: jax.Array  # [D]
+  static_scale: jax.Array | None  # [1]
+
+
+class _NormOutputs(NamedTuple):
+  x: Any  # [T, D]
+  normed: _Activations
+
+
+def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) -> tuple[jax.Array, jax.Array | Quantized]:
   T, D = x_TD.shape
   _require_bf16("residual_norm", x_TD.dtype)
   row = _Row("residual_norm", D)
 
-  def kernel(x_gmem, y_gmem, weight_gmem, *rest):
-    *static_gmem, x_out, values_out = rest[: len(static) + 2]
-    scale_out, meet = rest[len(static) + 2 : -2], row.meeting(*rest[-2:])
+  def kernel(gmem: _NormOperands, out: _NormOutputs, *, meeting_smem, meeting_barrier):
+    meet = row.meeting(meeting_smem, meeting_barrier)
     token = lax.axis_index("token")
-    x, y = row.load(x_gmem.at[token]), row.load(y_gmem.at[token])
-    weight = row.load(weight_gmem)
-    x = [(a.astype(jnp.float32) + b.astype(jnp.float32)).astype(x_TD.dtype) for a, b in zip(x, y, strict=True)]
+    x, y = row.load(gmem.x.at[token]), row.load(gmem.y.at[token])
+    weight = row.load(gmem.weight)
+    x = [
+      (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(x_TD.dtype) for a, b in zip(x, y, strict=True)
+    ]  # mutant: residual
     wide = [a.astype(jnp.float32) for a in x]
     total = meet(functools.reduce(jnp.add, (jnp.sum(a * a) for a in wide)), jnp.add)
     factor = lax.rsqrt(total * (1 / D) + eps)
-    normed = [(a * factor * w).astype(x_TD.dtype) for a, w in zip(wide, weight, strict=True)]
-    row.store(x_out.at[token], x)
-    _store_activations(row, normed, token, values_out, scale_out, static_gmem, meet)
+    normed = [(a * factor * w).astype(x_TD.dtype) for a, w in zip(wide, weight, strict=True)]  # mutant: weight of the norm
+    row.store(out.x.at[token], x)
+    _store_activations(row, normed, token, out.normed, gmem.static_scale, meet=meet)
 
   static = _static(quantize, static_scale)
-  x, *activations = plgpu.kernel(
+  activations = _activation_types(T, D, x_TD.dtype, quantize=quantize, is_static=static is not None)
+  out_type = _NormOutputs(jax.ShapeDtypeStruct((T, D), x_TD.dtype), activations)
+  cost = costs_of.residual_norm(x_TD, y_TD, weight_D, jax.tree.leaves(out_type))
+  (out,) = plgpu.kernel(
     kernel,
-    out_type=(jax.ShapeDtypeStruct((T, D), x_TD.dtype), *_activation_types(T, D, x_TD.dtype, quantize, static)),
+    out_type=(out_type,),
     grid=(T,),
     grid_names=("token",),
+    cost_estimate=cost.estimate(),
     **row.threads(),
-  )(x_TD, y_TD, weight_D, *static)
-  costs.record("residual_norm", cost.residual_norm(x_TD, y_TD, weight_D, (x, *activations)))
-  return x, _activations(activations, quantize, static_scale)
+  )(_NormOperands(x_TD, y_TD, weight_D, static))
+  costs.record("residual_norm", cost)
+  return out.x, _activations(out.normed, quantize, static_scale)
 
 
-def silu_multiply(gate_up: Sums, *, quantize, static_scale, dtype, target):
-  S, T, F = gate_up.parts_STF.shape
+class _SiluOperands(NamedTuple):
+  sums: PartialSums  # [S, T, 2, F], w_scale [2, F], x_scale [T] or [1]
+  static_scale: jax.Array | None  # [1]
+
+
+def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target) -> jax.Array | Quantized:
+  S, T, F = gate_up.splits_STF.shape
   F //= 2
   _require_bf16("silu_multiply", dtype)
   row = _Row("silu_multiply", F)
-  parts = gate_up.parts_STF.reshape(S, T, 2, F)
-  sums = _SumReader(gate_up, lambda scale: scale.reshape(2, F))
+  token_scales = _has_token_scales(gate_up)
 
-  def kernel(parts_gmem, *rest):
-    scales, rest = sums.split(rest)
-    *static_gmem, values_out = rest[: len(static) + 1]
-    scale_out, meet = rest[len(static) + 1 : -2], row.meeting(*rest[-2:])
+  def kernel(gmem: _SiluOperands, out: _Activations, *, meeting_smem, meeting_barrier):
+    meet = row.meeting(meeting_smem, meeting_barrier)
     token = lax.axis_index("token")
 
     def half(i):
-      pieces = [row.load(parts_gmem.at[s, token, i]) for s in range(S)]
+      pieces = [row.load(gmem.sums.splits_STF.at[s, token, i]) for s in range(S)]
       total = [functools.reduce(jnp.add, (a.astype(jnp.float32) for a in same)) for same in zip(*pieces, strict=True)]
-      return sums.scaled(total, scales, token, lambda scale: row.load(scale.at[i]))
+      return _scaled(total, gmem.sums, token if token_scales else 0, lambda scale: row.load(scale.at[i]))
 
-    hidden = [(g / (1 + jnp.exp(-g)) * u).astype(dtype) for g, u in zip(half(0), half(1), strict=True)]
-    _store_activations(row, hidden, token, values_out, scale_out, static_gmem, meet)
+    gate, up = half(0), half(1)  # mutant: gate and up
+    hidden = [(g / (1 + jnp.exp(-g)) * u).astype(dtype) for g, u in zip(gate, up, strict=True)]
+    _store_activations(row, hidden, token, out, gmem.static_scale, meet=meet)
 
+  sums = PartialSums(gate_up.splits_STF.reshape(S, T, 2, F), *_reshaped_scales(gate_up, (2, F)))
   static = _static(quantize, static_scale)
-  activations = plgpu.kernel(
+  out_type = _activation_types(T, F, dtype, quantize=quantize, is_static=static is not None)
+  cost = costs_of.silu_multiply(gate_up, jax.tree.leaves(out_type))
+  (activations,) = plgpu.kernel(
     kernel,
-    out_type=_activation_types(T, F, dtype, quantize, static),
+    out_type=(out_type,),
     grid=(T,),
     grid_names=("token",),
+    cost_estimate=cost.estimate(),
     **row.threads(),
-  )(parts, *sums.arrays, *static)
-  costs.record("silu_multiply", cost.silu_multiply(gate_up, activations))
+  )(_SiluOperands(sums, static))
+  costs.record("silu_multiply", cost)
   return _activations(activations, quantize, static_scale)
 
 
+class _Pools(NamedTuple):
+  """The pools of pages: references that the kernel writes in place."""
+
+  k: Any  # [P, K, C, H]
+  v: Any  # [P, K, H, C]
+  k_scale: Any = None  # float8 pages: [P, K, C]
+  v_scale: Any = None
+
+
+class _RopeOperands(NamedTuple):
+  splits: jax.Array  # [S, T, K * (G + 2), 2, H / 2]
+  cos: jax.Array  # [T, H / 2]
+  sin: jax.Array
+  table: jax.Array  # [B, M]
+  first_page: jax.Array  # [1]
+  sequences: jax.Array | None  # prefill: [T]; in decode token b is that of sequence b
+  positions: jax.Array  # prefill: [T], -1 for padding; decode: lengths [B]
+  w_scale: jax.Array | None  # [K * (G + 2), 2, H / 2]
+  x_scale: jax.Array | None  # [T] or [1]
+  static_scales: tuple[jax.Array, jax.Array] | None  # [K] of keys and of values
+  pools: _Pools
+
+  @property
+  def sums(self) -> PartialSums:
+    return PartialSums(self.splits, self.w_scale, self.x_scale)
+
+
 def rope_write(
-  qkv: Sums, cos_TH, sin_TH, pages, page_table_BM, query_starts, lengths_B, *, first_page, static_scales, dtype, target
-):
+  qkv: PartialSums, cos_TH, sin_TH, pages, page_table_BM, query_starts, lengths_B, *, first_page, static_scales, dtype, target
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   _require_bf16("rope_write", dtype)
   _require_bf16("rope_write", pages[0].dtype if len(pages) == 2 else jnp.bfloat16)
   _, K, C, H = pages[0].shape
-  S, T, F = qkv.parts_STF.shape
+  S, T, F = qkv.splits_STF.shape
   rows, half = F // (K * H), H // 2
   G = rows - 2
-  if H not in (64, 128):
+  if H not in HEAD_SIZES:
     raise NotImplementedError(f"sm90's rope_write needs heads of 64 or 128; got {H}")
+  decode, token_scales = query_starts is None, _has_token_scales(qkv)
   # In decode token b is the last one of sequence b, and nothing is to be computed ahead.
-  where = (lengths_B,) if query_starts is None else query_places(query_starts, lengths_B, T)
-  sums = _SumReader(qkv, lambda scale: scale.reshape(K * rows, 2, half))
-  static = () if static_scales is None else static_scales
+  sequences, positions = (None, lengths_B) if decode else query_places(query_starts, lengths_B, T)
 
-  def kernel(parts_gmem, cos_gmem, sin_gmem, table_gmem, first_gmem, *rest):
-    where_gmem, (scales, rest) = rest[: len(where)], sums.split(rest[len(where) :])
-    static_gmem, (k_gmem, v_gmem, *scale_gmem, q_out) = rest[: len(static)], rest[len(static) :]
+  def kernel(gmem: _RopeOperands, q_out):
     token, head = lax.axis_index("token"), lax.axis_index("head")
 
     def load(first, count):
       """Both halves of `count` rows from row `first` of the head, as the product rounds them, in float32."""
-      at, layout = pl.ds(head * rows + first, count), row_layout(count)
+      head_rows, layout = pl.ds(head * rows + first, count), row_layout(count)
 
       def both(ref):
-        return [plgpu.load(ref.at[at, i], layout=layout, optimized=False).astype(jnp.float32) for i in range(2)]
+        return [plgpu.load(ref.at[head_rows, i], layout=layout, optimized=False).astype(jnp.float32) for i in range(2)]
 
-      pieces = [both(parts_gmem.at[s, token]) for s in range(S)]
+      pieces = [both(gmem.sums.splits_STF.at[s, token]) for s in range(S)]
       total = [functools.reduce(jnp.add, same) for same in zip(*pieces, strict=True)]
-      return [half.astype(dtype).astype(jnp.float32) for half in sums.scaled(total, scales, token, both)]
+      return [half.astype(dtype).astype(jnp.float32) for half in _scaled(total, gmem.sums, token if token_scales else 0, both)]
 
-    def turned(x, layout):
-      cos, sin = (plgpu.load(ref.at[token], layout=layout.reduce(0), optimized=False) for ref in (cos_gmem, sin_gmem))
+    def rotated(x, layout):
+      cos, sin = (plgpu.load(ref.at[token], layout=layout.reduce(0), optimized=False) for ref in (gmem.cos, gmem.sin))
       cos, sin = (lax.broadcast_in_dim(y, x[0].shape, [1]) for y in (cos, sin))
-      return [(x[0] * cos - x[1] * sin).astype(dtype), (x[1] * cos + x[0] * sin).astype(dtype)]
+      return [(x[0] * cos - x[1] * sin).astype(dtype), (x[1] * cos + x[0] * sin).astype(dtype)]  # mutant: rotation
 
-    q, k, v = turned(load(0, G), row_layout(G)), turned(load(G, 1), row_layout(1)), load(G + 1, 1)
+    q = rotated(load(0, G), row_layout(G))
+    k = rotated(load(G, 1), row_layout(1))  # mutant: rotated keys
+    v = load(G + 1, 1)
     for i, x in enumerate(q):
       plgpu.store(q_out.at[token, pl.ds(head * G, G), pl.ds(i * half, half)], x, optimized=False)
-    sequence = token if query_starts is None else where_gmem[0][token]
-    position = where_gmem[-1][token] - (1 if query_starts is None else 0)  # -1: padding, or an empty place
-    present = jnp.maximum(position, 0)
-    page = first_gmem[0] + table_gmem[sequence, lax.div(present, jnp.int32(C))]
+    sequence = token if gmem.sequences is None else gmem.sequences[token]
+    position = gmem.positions[token] - (1 if decode else 0)  # mutant: position
+    present = jnp.maximum(position, 0)  # -1: padding, or an empty slot
+    page = gmem.first_page[0] + gmem.table[sequence, lax.div(present, jnp.int32(C))]  # mutant: page id
     token_of_page = pl.ds(lax.rem(present, jnp.int32(C)), 1)
 
-    def rounded(x, number):
-      """(halves as the pages hold them, their scale [1] or None)."""
+    def rounded(x, static_scale):
+      """(halves in the pages' dtype, their scale [1] or None)."""
       x = [y.astype(jnp.float32) for y in x]
-      if not scale_gmem:
-        return [y.astype(k_gmem.dtype) for y in x], None
-      if static:
-        scale = plgpu.load(static_gmem[number].at[pl.ds(head, 1)], layout=row_layout(1).reduce(1), optimized=False)
+      if gmem.pools.k_scale is None:
+        return [y.astype(gmem.pools.k.dtype) for y in x], None
+      if static_scale is not None:
+        scale = plgpu.load(static_scale.at[pl.ds(head, 1)], layout=row_layout(1).reduce(1), optimized=False)
       else:
         scale = scale_of(jnp.maximum(*(jnp.max(jnp.abs(y), axis=1) for y in x)))
       factor = lax.broadcast_in_dim(1 / scale, x[0].shape, [0])
       return [to_float8(y * factor) for y in x], scale
 
-    @pl.when(position >= 0)
+    @pl.when(position >= 0)  # mutant: padding
     def _():
-      for number, x in enumerate((k, v)):
-        x, scale = rounded(x, number)
-        for i, y in enumerate(x):
-          channels = pl.ds(i * half, half)
-          k_place = k_gmem.at[page, head, token_of_page, channels]
-          v_place = v_gmem.at[page, head, channels, token_of_page]
-          plgpu.store(v_place.transpose((1, 0)) if number else k_place, y, optimized=False)
+      channels = [pl.ds(i * half, half) for i in range(2)]
+      k_slots = [gmem.pools.k.at[page, head, token_of_page, c] for c in channels]
+      v_slots = [gmem.pools.v.at[page, head, c, token_of_page].transpose((1, 0)) for c in channels]
+      given_k, given_v = (None, None) if gmem.static_scales is None else gmem.static_scales
+      for x, given, slots, scale_pool in (
+        (k, given_k, k_slots, gmem.pools.k_scale),  # mutant: keys
+        (v, given_v, v_slots, gmem.pools.v_scale),
+      ):
+        x, scale = rounded(x, given)
+        for y, slot in zip(x, slots, strict=True):
+          plgpu.store(slot, y, optimized=False)
         if scale is not None:
-          plgpu.store(scale_gmem[number].at[page, head, token_of_page], scale, optimized=False)
+          plgpu.store(scale_pool.at[page, head, token_of_page], scale, optimized=False)  # mutant: scale of pages
 
-  refs = [jax.new_ref(pool) for pool in pages]
+  w_scale, x_scale = _reshaped_scales(qkv, (K * rows, 2, half))
+  pools = _Pools(*(jax.new_ref(pool) for pool in pages))
   first = jnp.asarray(first_page, jnp.int32).reshape(1)
-  q_TNH = plgpu.kernel(
-    kernel,
-    out_type=jax.ShapeDtypeStruct((T, K * G, H), dtype),
-    grid=(T, K),
-    grid_names=("token", "head"),
-  )(qkv.parts_STF.reshape(S, T, K * rows, 2, half), cos_TH, sin_TH, page_table_BM, first, *where, *sums.arrays, *static, *refs)
-  costs.record("rope_write", cost.rope_write(qkv, cos_TH, sin_TH, pages, q_TNH))
-  return q_TNH, tuple(jax.ref.freeze(ref) for ref in refs)
+  splits = qkv.splits_STF.reshape(S, T, K * rows, 2, half)
+  page_arrays = page_table_BM, first, sequences, positions
+  operands = _RopeOperands(splits, cos_TH, sin_TH, *page_arrays, w_scale, x_scale, static_scales, pools)
+  out_type = jax.ShapeDtypeStruct((T, K * G, H), dtype)
+  cost = costs_of.rope_write(qkv, cos_TH, sin_TH, pages, out_type)
+  q_TNH = plgpu.kernel(kernel, out_type=out_type, grid=(T, K), grid_names=("token", "head"), cost_estimate=cost.estimate())(
+    operands
+  )
+  costs.record("rope_write", cost)
+  return q_TNH, tuple(jax.ref.freeze(ref) for ref in pools if ref is not None)
 
 
 class _Row:
@@ -185,11 +252,13 @@ class _Row:
     pieces = next(n for n in range(1, a_thread + 1) if a_thread % n == 0 and a_thread // n <= _MOST_A_THREAD)
     self.piece, self.num_pieces = size // (self.num_wgs * pieces), pieces
 
-  def threads(self):
-    meeting = [plgpu.SMEM((2, self.num_wgs), jnp.float32), plgpu.Barrier(num_arrivals=self.num_wgs, num_barriers=2)]
-    return {"num_threads": self.num_wgs, "thread_name": "wg", "scratch_types": meeting}
+  def threads(self) -> dict[str, Any]:
+    """Arguments of plgpu.kernel: the warpgroups, and what `meeting` takes."""
+    barrier = plgpu.Barrier(num_arrivals=self.num_wgs, num_barriers=2)
+    scratch = {"meeting_smem": plgpu.SMEM((2, self.num_wgs), jnp.float32), "meeting_barrier": barrier}
+    return {"num_threads": self.num_wgs, "thread_name": "wg", "scratch_types": scratch}
 
-  def _places(self):
+  def _slices(self):
     first = lax.axis_index("wg") * self.num_pieces
     return [pl.ds((first + i) * self.piece, self.piece) for i in range(self.num_pieces)]
 
@@ -198,49 +267,46 @@ class _Row:
     return flat_layout(self.piece, 2)
 
   def load(self, ref):
-    return [plgpu.load(ref.at[place], layout=self._layout, optimized=False) for place in self._places()]
+    return [plgpu.load(ref.at[piece], layout=self._layout, optimized=False) for piece in self._slices()]
 
   def store(self, ref, pieces):
-    for place, piece in zip(self._places(), pieces, strict=True):
-      plgpu.store(ref.at[place], piece, optimized=False)
+    for columns, piece in zip(self._slices(), pieces, strict=True):
+      plgpu.store(ref.at[columns], piece, optimized=False)
 
   def meeting(self, smem, barrier):
-    """A function that joins a scalar of each warpgroup; to be called at most twice, each time by all of them."""
+    """A function that joins a scalar of each warpgroup. All warpgroups must call it, at most twice."""
     calls = iter(range(2))
 
     def meet(value, join):
-      if self.num_wgs == 1:
+      if self.num_wgs == 1:  # mutant: lone warpgroup
         return value
-      call = next(calls)
+      call = next(calls)  # mutant: number of the meeting
       smem[call, lax.axis_index("wg")] = value
       plgpu.barrier_arrive(barrier.at[call])
-      plgpu.barrier_wait(barrier.at[call])
+      plgpu.barrier_wait(barrier.at[call])  # mutant: wait for warpgroups
       return functools.reduce(join, (smem[call, i] for i in range(self.num_wgs)))
 
     return meet
 
 
-class _SumReader:
-  """What a kernel needs beside the parts of a product to finish it: the scales that it has, those of weights by `shape_w`."""
+def _reshaped_scales(sums: PartialSums, w_shape: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
+  """(w_scale in `w_shape`, x_scale [T] or [1]) of a product, for a kernel."""
+  w_scale = None if sums.w_scale is None else sums.w_scale.reshape(w_shape)
+  return w_scale, None if sums.x_scale is None else sums.x_scale.reshape(-1)
 
-  def __init__(self, sums: Sums, shape_w):
-    self._has_w, self._has_x = sums.w_scale is not None, sums.x_scale is not None
-    self._per_token = self._has_x and sums.x_scale.ndim > 0
-    self.arrays = (shape_w(sums.w_scale),) if self._has_w else ()
-    if self._has_x:
-      self.arrays += (sums.x_scale.reshape(-1),)
 
-  def split(self, refs):
-    return refs[: len(self.arrays)], refs[len(self.arrays) :]
+def _has_token_scales(sums: PartialSums) -> bool:
+  return sums.x_scale is not None and sums.x_scale.ndim > 0
 
-  def scaled(self, pieces, scales, token, load_w):
-    """Pieces of a token's sums, each times its weights' scales (as `load_w` reads them) and the token's."""
-    if self._has_w:
-      pieces = [piece * scale for piece, scale in zip(pieces, load_w(scales[0]), strict=True)]
-    if self._has_x:
-      scale = scales[-1][token if self._per_token else 0]
-      pieces = [piece * scale for piece in pieces]
-    return pieces
+
+def _scaled(pieces, sums: PartialSums, x_index, load_w: Callable):
+  """Pieces of a token's sums, each times the scales of its weights (as `load_w` reads them) and x_scale[x_index]."""
+  if sums.w_scale is not None:
+    pieces = [piece * scale for piece, scale in zip(pieces, load_w(sums.w_scale), strict=True)]
+  if sums.x_scale is not None:
+    scale = sums.x_scale[x_index]  # mutant: token scale
+    pieces = [piece * scale for piece in pieces]
+  return pieces
 
 
 def _require_bf16(operation, dtype):
@@ -248,32 +314,32 @@ def _require_bf16(operation, dtype):
     raise NotImplementedError(f"sm90's {operation} computes in bfloat16; got {jnp.dtype(dtype).name}")
 
 
-def _static(quantize, static_scale):
-  return (static_scale.reshape(1),) if quantize and static_scale is not None else ()
+def _static(quantize: bool, static_scale) -> jax.Array | None:
+  return static_scale.reshape(1) if quantize and static_scale is not None else None
 
 
-def _activation_types(T, width, dtype, quantize, static):
+def _activation_types(T: int, width: int, dtype, *, quantize: bool, is_static: bool) -> _Activations:
   values = jax.ShapeDtypeStruct((T, width), FLOAT8 if quantize else dtype)
-  return (values, jax.ShapeDtypeStruct((T,), jnp.float32)) if quantize and not static else (values,)
+  return _Activations(values, jax.ShapeDtypeStruct((T,), jnp.float32) if quantize and not is_static else None)
 
 
-def _activations(results, quantize, static_scale):
-  return Quantized(results[0], results[1] if len(results) > 1 else static_scale) if quantize else results[0]
+def _activations(out: _Activations, quantize: bool, static_scale) -> jax.Array | Quantized:
+  return Quantized(out.values, static_scale if out.scale is None else out.scale) if quantize else out.values
 
 
-def _store_activations(row: _Row, pieces, token, values_out, scale_out, static_gmem, meet):
-  """As they are, or in float8 with the scale that is given or that the token's largest value asks for."""
-  if values_out.dtype == FLOAT8:
+def _store_activations(row: _Row, pieces, token, out: _Activations, static_gmem, *, meet: Callable):
+  """Stores a row as it is, or in float8 with the static scale or one from the token's largest value."""
+  if out.values.dtype == FLOAT8:
     wide = [piece.astype(jnp.float32) for piece in pieces]
-    if static_gmem:
-      scale = static_gmem[0][0]
+    if static_gmem is not None:
+      scale = static_gmem[0]
     else:
       scale = scale_of(meet(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(piece)) for piece in wide)), jnp.maximum))
 
-      @pl.when(lax.axis_index("wg") == 0)
+      @pl.when(lax.axis_index("wg") == 0)  # mutant: writer of the scale
       def _():
-        scale_out[0][token] = scale
+        out.scale[token] = scale
 
     factor = 1 / scale
     pieces = [to_float8(piece * factor) for piece in wide]
-  row.store(values_out.at[token], pieces)
+  row.store(out.values.at[token], pieces)

@@ -1,4 +1,4 @@
-"""How the Hopper paged_attention cuts its work: tile sizes, which queries stand in which tile, what a call costs.
+"""How the Hopper paged_attention cuts its work: tile sizes, and the tile of each query.
 
 A tile is a few query tokens of one sequence; their G query heads of one KV head are the columns of a product.
 """
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuned
-from pallas_kernels.costs import Cost, bytes_of
-from pallas_kernels.dispatch import HOPPER_SMS, Target
+from pallas_kernels.dispatch import HOPPER_SHARED_BYTES, HOPPER_SMS, Target
 
 ROWS = 64  # tokens or head channels of one wgmma
-_SM_BYTES = 232448
+HEAD_SIZES = (64, 128)
+PAGE_SIZES = (32, 64, 128)  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   fixed = columns * (2 * H * 2 + pages * C * 2 + ROWS * 4) + 3584
   if sizes:
     return _possible(Tiling(tokens, columns, pages, 0, 0, ctas), sizes, most // G, -(-M // pages), (fixed, page_bytes))
-  stages = min((_SM_BYTES // ctas - fixed) // page_bytes, 4)
+  stages = min((HOPPER_SHARED_BYTES // ctas - fixed) // page_bytes, 4)
   sms = target.num_sms or HOPPER_SMS
   splits = max(1, min(ctas * sms // (K * num_tiles), -(-M // (2 * pages))))
   return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
@@ -69,7 +69,7 @@ def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[i
     f"at most {most_tokens} tokens a tile": tiling.tokens <= most_tokens,
     "2 to 8 stages": 2 <= tiling.stages <= 8,
     f"1 to {steps} splits": 1 <= tiling.splits <= steps,
-    f"at most {_SM_BYTES} bytes of shared memory, not {used}": used <= _SM_BYTES,
+    f"at most {HOPPER_SHARED_BYTES} bytes of shared memory, not {used}": used <= HOPPER_SHARED_BYTES,
   }
   for rule, holds in rules.items():
     if not holds:
@@ -86,37 +86,6 @@ def query_rows(tiling: Tiling, G: int) -> int:
 def bytes_in_flight(H: int, C: int, tiling: Tiling, dtype) -> int:
   """Bytes of pages under way to one CTA while its ring is full."""
   return 2 * tiling.stages * tiling.pages * C * H * jnp.dtype(dtype).itemsize
-
-
-def cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
-  """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
-  token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
-  step = tiling.pages * C
-  tokens = sum(-(-length // step) * step for length in lengths)
-  rows = query_rows(tiling, N // K)
-  limits = 0 if tiling.tokens == 1 else tiling.columns * 4  # how far each column sees
-  query_bytes = len(lengths) * K * tiling.splits * (rows * H * 2 + limits)
-  return K * tokens * token + query_bytes, 4 * K * tokens * H * tiling.columns
-
-
-def call_cost(q, pools, parts, tokens: int, lengths) -> Cost:
-  """What has to cross device memory: every sequence's pages once, however many tiles see them.
-
-  q, parts: what the kernel takes and leaves. pools: K, V and their scales if any. tokens: queries, the last of their
-  sequences, dealt evenly. lengths: tokens of each sequence.
-  """
-  _, K, _, H = pools[0].shape
-  a_token = K * (2 * H * pools[0].dtype.itemsize + (8 if len(pools) == 4 else 0))
-  queries = tokens // len(lengths)
-  attended = sum(queries * (length - queries) + queries * (queries + 1) // 2 for length in lengths)
-  heads = q.size // (H * tokens)
-  return Cost(
-    kv_read_bytes=sum(lengths) * a_token,
-    read_bytes=bytes_of(q),
-    written_bytes=bytes_of(*parts),
-    flops=4 * heads * H * attended,
-    number_format="bf16",  # float8 pages are widened to float16
-  )
 
 
 @dataclasses.dataclass(frozen=True)

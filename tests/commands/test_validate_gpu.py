@@ -19,9 +19,10 @@ from jaxfp8.commands.gpu_validation import stages as gpu_stages
 from jaxfp8.commands.gpu_validation.search import Found
 from jaxfp8.commands.gpu_validation.timing import DeviceTimer, Timing, WallTimer
 from pallas_kernels import Target, debug, tuned
-from pallas_kernels.cases import CASES, AttentionCase, by_name
+from pallas_kernels.cases import CASES, by_name
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
 from pallas_kernels.fused import sm90
+from pallas_kernels.paged_attention.cases import AttentionCase
 from tests.helpers import commands
 
 H100 = Target("cuda", (9, 0), 132, "NVIDIA H100 80GB HBM3")
@@ -121,7 +122,7 @@ class TestSearch:
   @pytest.mark.parametrize("name", gpu_stages.TUNED)
   def test_what_is_written_is_what_the_tiling_then_takes(self, name, tmp_path, monkeypatch):
     """Over a stub of a timer: faster with fewer stages and splits. Only possible sizes are timed."""
-    monkeypatch.setattr(tuned, "folder", lambda operation: tmp_path / operation)
+    tuned.use_folder(tmp_path)
     case, timed = by_name(name), []
 
     def seconds(case, sizes):
@@ -133,16 +134,16 @@ class TestSearch:
     entries = gpu_search.entries_of(found)
     assert entries and len(timed) > 5
     facts = {"device_kind": H100.kind, "compute_capability": [9, 0], "num_sms": 132, "conditions": {}}
-    tuned.write(case.kernel, facts, entries, tmp_path / case.kernel)
+    tuned.write(case.operation, facts, entries)
     try:
-      for own, result in found:
-        assert gpu_search.sizes_of(own, H100) == result.sizes
+      for call, result in found:
+        assert call.sizes(H100) == result.sizes
         assert result.seconds == min(
-          seconds(own, s) for s in (result.sizes, result.formula) if gpu_search.is_possible(own, s, H100)
+          seconds(call, s) for s in (result.sizes, result.formula) if gpu_search.is_possible(call, s, H100)
         )
     finally:
-      tuned._files.cache_clear()
-    if not isinstance(case, AttentionCase) and case.skinny:
+      tuned.use_folder(None)
+    if not isinstance(case, AttentionCase) and case.is_skinny:
       assert len({result.sizes["splits"] for _, result in found}) == 1 and len(found) == 2
 
   def test_nothing_is_written_that_is_not_faster(self):
@@ -153,8 +154,8 @@ class TestSearch:
   def test_every_formula_is_a_start(self):
     """The formula's own sizes pass as measured ones, or a search could not begin."""
     for case in CASES:
-      if case.kernel in ("fp8_matmul", "paged_attention"):
-        assert gpu_search.is_possible(case, gpu_search.sizes_of(case, H100), H100), case.name
+      if case.operation in ("fp8_matmul", "paged_attention"):
+        assert gpu_search.is_possible(case, case.sizes(H100), H100), case.name
     assert matmul_tiling.MAX_SKINNY == 64
 
 
@@ -166,24 +167,24 @@ def bench():
 class TestStages:
   @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
   def test_work_that_no_way_avoids(self, case):
-    moved, flops = gpu_stages.least_work(case, H100)
+    moved, flops = case.least_work(H100)
     assert 0 < moved < 2e9 and 0 < flops < 1e13
-    if case.kernel in ("fp8_matmul", "paged_attention"):
+    if case.operation in ("fp8_matmul", "paged_attention"):
       assert moved <= 1.02 * case.cost(H100)[0] + 2e7 and flops <= case.cost(H100)[1]
 
   @pytest.mark.parametrize("T", [None, 12])
   def test_arguments_are_calls_that_can_be(self, T):
     case = AttentionCase("a call", "fp8", T, 2, 4, 2, 64, 64, 2)
-    q, k, _, table, starts, lengths, *_ = gpu_stages.values(case)
+    q, k, _, table, starts, lengths, *_ = case.values()
     debug.require_pages("test", table, lengths, starts, num_pages=k.shape[0], num_tokens=q.shape[0], page_size=64)
     assert lengths.tolist() == [128, 128] and len(set(table.ravel().tolist())) == table.size
     assert starts is None or starts.tolist() == [0, 6, 12]
 
   def test_records_of_interpreted_kernels(self, bench, tmp_path):
-    out = tmp_path / "records.jsonl"
+    records = []
     for stage, names in (("device", ["this machine"]), ("conformance", ["norm", "no such case"]), ("timing", ["norm"])):
-      gpu_stages.work(stage, names, str(out), math.inf, True)
-    device, right, wrong, timing = map(json.loads, out.read_text().splitlines())
+      records += gpu_stages.work(stage, names, math.inf, True)
+    device, right, wrong, timing = json.loads(json.dumps(records))
     assert device["kernels"]["fp8_matmul"] == ["sm90", "xla"] and device["names"]["conformance"][-1] == "rope"
     assert right["passed"] and 0 < right["error"] < right["limit"] and right["against"] == "float32"
     assert not wrong["passed"] and "StopIteration" in wrong["failure"]
@@ -203,24 +204,23 @@ class TestStages:
     assert not record["passed"] and record["error"] > 0.5
 
   def test_time_that_is_over(self, tmp_path):
-    gpu_stages.work("timing", ["norm"], str(tmp_path / "none"), 0, True)
-    assert not (tmp_path / "none").exists()
+    assert list(gpu_stages.work("timing", ["norm"], 0, True)) == []
 
   def test_tuning_writes_what_is_right_and_faster(self, bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuned, "folder", lambda operation: tmp_path / operation)
+    tuned.use_folder(tmp_path)
     target = Target("cuda", (9, 0), 8, "a GPU")
     stub = gpu_stages.dataclasses.replace(bench, target=target)
     monkeypatch.setattr(
-      gpu_stages, "time_case", lambda bench, case, kernel: Timing(gpu_search.tiling_of(case, target).depth, "device")
+      gpu_stages, "time_case", lambda bench, case, kernel: Timing(case.tiling(target).depth, "device")
     )
     record = gpu_stages.tuning_record(stub, "skinny-w8a8", lambda: False)
     assert record["written"] == str(tmp_path / "fp8_matmul" / "a-gpu.json"), record
     assert [found["key"]["regime"] for found in record["found"]] == ["skinny-16", "skinny-64"]
-    tuned._files.cache_clear()
+    tuned.use_folder(None)
     monkeypatch.setattr(gpu_stages.conformance, "error_of", lambda *_: 0.5)
     record = gpu_stages.tuning_record(stub, "skinny-w8a8", lambda: False)
     assert not record["written"]
-    tuned._files.cache_clear()
+    tuned.use_folder(None)
 
 
 class TestParent:
@@ -240,11 +240,11 @@ class TestParent:
     """A process that writes one record and is killed: the record and its last words come back."""
     fake = tmp_path / "python"
     fake.write_text(
-      '#!/bin/sh\nout=$(echo "$3" | sed \'s/.*"out": "\\([^"]*\\)".*/\\1/\')\n'
-      'echo \'{"stage": "timing", "name": "a"}\' >> "$out"; echo "LLVM ERROR: Cannot select" >&2; kill -ABRT $$\n'
+      '#!/bin/sh\nread request\n'
+      'echo \'{"stage": "timing", "name": "a"}\'; echo "LLVM ERROR: Cannot select" >&2; kill -ABRT $$\n'
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(validate_gpu.sys, "executable", str(fake))
+    monkeypatch.setattr("sys.executable", str(fake))
     validate_gpu.FLAGS(["validate_gpu"])
     records, last_words = validate_gpu.child("timing", ["a", "b"], validate_gpu.time.time() + 5)
     assert list(records) == ["a"] and "code -6" in last_words and "LLVM ERROR: Cannot select" in last_words

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import Quantized, Sums, interpret
+from pallas_kernels import PartialSums, Quantized, interpret
 from tests.helpers import gpu_calls
 from tests.helpers.gpu_calls import GPU, in_one_program, to_float8
 
@@ -44,15 +44,15 @@ def rounded(x, quantize, static):
 
 
 def make_sums(rng, S, T, F, token_scale, channel_scale=True):
-  """Sums of S parts as a product leaves them (S = 1: finished), and what they come to. Block scales are in them already."""
+  """(PartialSums of S splits as a product leaves them, their finished value). Block scales are already applied."""
   if S == 1:
     parts = rng.normal(size=(1, T, F)).astype(BF16)
-    return Sums(parts), wide(parts[0])
+    return PartialSums(parts), wide(parts[0])
   parts = rng.normal(size=(S, T, F)).astype(np.float32)
   w_scale = np.exp(rng.normal(size=F)).astype(np.float32) if channel_scale else None
   x_scale = None if token_scale is None else np.exp(rng.normal(size=(T,) if token_scale == "token" else ())).astype(np.float32)
   total = wide(parts).sum(axis=0) * (1 if w_scale is None else w_scale) * (1 if x_scale is None else x_scale.reshape(-1, 1))
-  return Sums(parts, w_scale, x_scale), total
+  return PartialSums(parts, w_scale, x_scale), total
 
 
 class Call:

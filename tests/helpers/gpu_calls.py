@@ -9,8 +9,10 @@ import numpy as np
 
 from pallas_kernels import Target, interpret
 from pallas_kernels.fp8_matmul import api as matmul_api
+from pallas_kernels.fp8_matmul import cost as matmul_cost
 from pallas_kernels.fp8_matmul import reference as matmul_reference
 from pallas_kernels.fp8_matmul import tiling as matmul_tiling
+from pallas_kernels.paged_attention import cost as attention_cost
 from pallas_kernels.paged_attention import reference as attention_reference
 from pallas_kernels.paged_attention import tiling as attention_tiling
 
@@ -76,7 +78,7 @@ class Matmul:
 
   def cost(self) -> int:
     form = matmul_tiling.form_of(*self.arrays()[:3])
-    return matmul_tiling.cost(self.T, self.F, self.D, form, self.target)[0]
+    return matmul_cost.tma_cost(self.T, self.F, self.D, form, self.target)[0]
 
   def run(self, kernels):
     return self.run_on(kernels, *self.arrays())
@@ -84,7 +86,7 @@ class Matmul:
   def run_on(self, kernels, *arrays):
     def call(*arrays):
       y = kernels.fp8_matmul(*arrays, out_dtype=F32, target=self.target)
-      return y.finish(F32) if isinstance(y, matmul_api.Sums) else y
+      return y.finish(F32) if isinstance(y, matmul_api.PartialSums) else y
 
     with interpret.running() as copies:
       y = np.asarray(in_one_program(call, *arrays))
@@ -159,7 +161,7 @@ class Attention:
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
     tiling = attention_tiling.choose_tiling(*sizes, self.counts is None, k.dtype, self.target)
     seen = self.lengths if self.counts is None else self._tiles(q.shape[0], tiling.tokens)
-    return attention_tiling.cost(seen, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
+    return attention_cost.tma_cost(seen, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
 
   def _tiles(self, num_tokens, size) -> list[int]:
     """How many keys the last query of each tile sees; tiles that nobody needs see none."""

@@ -13,7 +13,7 @@ from jaxfp8.config import LlamaConfig
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.serving.steps import Limits
 from pallas_kernels import debug, debug_checks, page_write, paged_attention
-from pallas_kernels.fp8_matmul.api import Sums
+from pallas_kernels.fp8_matmul.api import PartialSums
 from pallas_kernels.fused.api import rope_write
 from tests.helpers import commands, paged_cases, tiny_llamas
 from tests.helpers.paged_cases import Batch
@@ -54,7 +54,7 @@ def write(arrays):
 
 def rope(arrays):
   where = arrays["page_table_BM"], arrays["query_starts"], arrays["lengths_B"]
-  qkv = Sums(jnp.ones((1, arrays["q_TNH"].shape[0], 2 * 3 * 8)))
+  qkv = PartialSums(jnp.ones((1, arrays["q_TNH"].shape[0], 2 * 3 * 8)))
   angle = jnp.ones((arrays["q_TNH"].shape[0], 4))
   return rope_write(qkv, angle, angle, (arrays["k_pages"], arrays["v_pages"]), *where, dtype=jnp.float32)
 

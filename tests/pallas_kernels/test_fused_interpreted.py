@@ -86,7 +86,7 @@ def test_wrong_shapes_are_named():
   with pytest.raises(ValueError, match=r"residual_norm: y must be bfloat16 \[T, D\]=\(2, 64\)"):
     pallas_kernels.residual_norm(x, x[:1], jnp.ones(64), eps=1e-5)
   with pytest.raises(ValueError, match="needs gates and as many ups; got 63"):
-    pallas_kernels.silu_multiply(pallas_kernels.Sums(x[None, :, :63]))
+    pallas_kernels.silu_multiply(pallas_kernels.PartialSums(x[None, :, :63]))
   pages = jnp.zeros((2, 1, 32, 64)), jnp.zeros((2, 1, 64, 32))
   with pytest.raises(ValueError, match=r"qkv must be \[T, K \* \(G \+ 2\) \* H\]"):
-    pallas_kernels.rope_write(pallas_kernels.Sums(x[None]), x, x, pages, None, None, None)
+    pallas_kernels.rope_write(pallas_kernels.PartialSums(x[None]), x, x, pages, None, None, None)

@@ -1,15 +1,17 @@
 """Measured tile sizes: found by device, regime and shapes, refused where they cannot be; without them, the formula."""
 
 import json
+import pathlib
 
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Target, tuned
-from pallas_kernels.cases import AttentionCase, by_name
+from pallas_kernels.cases import by_name
 from pallas_kernels.fp8_matmul import sm90
 from pallas_kernels.fp8_matmul import tiling as matmul
 from pallas_kernels.paged_attention import tiling as attention
+from pallas_kernels.paged_attention.cases import AttentionCase
 from tests.helpers.gpu_calls import Matmul, relative
 
 H100 = Target("cuda", (9, 0), 132, "NVIDIA H100 80GB HBM3")
@@ -23,11 +25,11 @@ SHAPE = 3584, 8192
 
 @pytest.fixture(autouse=True)
 def empty(tmp_path, monkeypatch):
-  """Files are looked for in a folder of the test's."""
-  monkeypatch.setattr(tuned, "folder", lambda operation: tmp_path / operation)
-  tuned._files.cache_clear()
+  """The folder of a user who has measured nothing yet; the package's files are another test's."""
+  monkeypatch.setattr(tuned, "_HERE", tmp_path / "package")
+  tuned.use_folder(tmp_path / "user")
   yield
-  tuned._files.cache_clear()
+  tuned.use_folder(None)
 
 
 def entry(T, sizes, shape=SHAPE, form=W8A8):
@@ -35,7 +37,7 @@ def entry(T, sizes, shape=SHAPE, form=W8A8):
 
 
 def write(*entries, operation="fp8_matmul", **device):
-  return tuned.write(operation, DEVICE | device, list(entries), tuned.folder(operation))
+  return tuned.write(operation, DEVICE | device, list(entries))
 
 
 def shape(tiling):
@@ -47,7 +49,26 @@ def test_no_file_is_the_formula():
 
 
 def test_no_numbers_are_shipped_that_nobody_measured():
-  assert not [*tuned._HERE.glob("*/tuned/*.json")]
+  assert not [*pathlib.Path(tuned.__file__).parent.glob("*/tuned/*.json")]
+
+
+def test_a_users_measurements_come_before_shipped_ones(tmp_path):
+  path = write(entry(16, FEW), entry(64, MANY))
+  shipped = tmp_path / "package" / "fp8_matmul" / "tuned"
+  shipped.mkdir(parents=True)
+  path.rename(shipped / path.name)
+  assert tuned.folders("fp8_matmul") == (tmp_path / "user" / "fp8_matmul", shipped)
+  tuned.use_folder(None)
+  assert matmul.choose_tiling(8, *SHAPE, W8A8, H100).stages == 3
+  tuned.use_folder(tmp_path / "user")
+  write(entry(16, FEW | {"stages": 4}), entry(64, MANY))
+  assert matmul.choose_tiling(8, *SHAPE, W8A8, H100).stages == 4
+
+
+def test_nothing_is_written_without_a_folder():
+  tuned.use_folder(None)
+  with pytest.raises(ValueError, match="Call use_folder first"):
+    write(entry(16, FEW))
 
 
 def test_an_entry_is_taken_for_every_number_of_tokens_of_its_regime():
@@ -125,7 +146,7 @@ def test_a_rows_bits_must_not_depend_on_its_company(others):
 def test_a_damaged_file_is_named(text):
   path = write(entry(16, FEW), entry(64, MANY))
   path.write_text(text)
-  tuned._files.cache_clear()
+  tuned.use_folder(path.parents[1])
   with pytest.raises(ValueError, match=f"tuned: {path} does not hold measured tile sizes .*Delete it"):
     matmul.choose_tiling(8, *SHAPE, W8A8, H100)
 
@@ -138,8 +159,7 @@ def test_sizes_are_positive_whole_numbers(size):
 
 
 def attention_call(case: AttentionCase):
-  q, k, _, table, *_ = case.arguments()
-  return q.shape[0], case.N, case.K, case.H, case.C, *table.shape, case.T is None, k.dtype
+  return case.shapes()
 
 
 @pytest.mark.parametrize(

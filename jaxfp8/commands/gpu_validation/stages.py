@@ -1,31 +1,34 @@
 """What validate_gpu does on the device, in a process that may die of it: one record a name, written as soon as it is known.
 
 device        what this machine is
-conformance   every kernel's small checks against XLA, and every case of pallas_kernels/cases.py against float32
+conformance   every kernel's small checks against XLA, and every case of pallas_kernels/cases.py against the reference
 timing        every case by its kernel and by XLA: seconds, GB/s, TFLOP/s, shares of the device's peaks
-tuning        tile sizes that beat the formula, checked for their results, into pallas_kernels/<operation>/tuned/
+tuning        tile sizes that beat the formula, checked for their results, into the cache folder (pallas_kernels/tuned.py)
 models        prefill and decode of a model of random weights, beside the roofline
 """
 
 import dataclasses
 import functools
-import itertools
-import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jaxfp8 import child_process
+from jaxfp8.commands import command
 from jaxfp8.commands.gpu_validation import search as gpu_search
 from jaxfp8.commands.gpu_validation.timing import DeviceTimer, WallTimer
 from jaxfp8.planning.devices import DeviceSpec
 from jaxfp8.serving.run_report import find_device
-from pallas_kernels import Target, conformance, dispatch, tuned
-from pallas_kernels.cases import CASES, AttentionCase, Case, MatmulCase, NormCase, RopeCase, SiluCase
+from pallas_kernels import Target, conformance, costs, dispatch, tuned
+from pallas_kernels.case import Case, TunableCase
+from pallas_kernels.cases import CASES
+from pallas_kernels.fp8_matmul.cases import MatmulCase
+from pallas_kernels.fused.cases import NormCase, RopeCase, SiluCase
+from pallas_kernels.paged_attention.cases import AttentionCase
 
 FLOOR = 0.01  # relative error against float32 that rounding to bf16 and 14 bits of accumulator always have
 REHEARSAL = (
@@ -70,7 +73,7 @@ class Bench:
   def kernel_of(self, case: Case) -> str | None:
     if self.rehearsal:
       return "interpret"
-    return conformance.kernel_of(case.kernel, self.target)
+    return conformance.kernel_of(case.operation, self.target)
 
   def names(self, stage: str) -> list[str]:
     """What there is to do in a stage, in order."""
@@ -117,7 +120,7 @@ def conformance_record(bench: Bench, name: str) -> dict[str, Any]:
   kernel = bench.kernel_of(case) or "xla"
   want = results(bench, case, "reference")
   error, xla_error = (conformance.error_of(results(bench, case, i), want) for i in (kernel, "xla"))
-  limit = max(2 * xla_error, conformance.ROUNDED if rounds(case) else FLOOR)
+  limit = max(2 * xla_error, conformance.ROUNDED if case.rounds else FLOOR)
   record = {"against": "float32", "implementation": kernel, "error": error, "xla_error": xla_error, "limit": limit}
   return record | {"passed": error <= limit}
 
@@ -125,23 +128,18 @@ def conformance_record(bench: Bench, name: str) -> dict[str, Any]:
 def results(bench: Bench, case: Case, implementation: str):
   """One call's results as float32 arrays on this machine."""
   call = functools.partial(case.call, target=bench.target, implementation=implementation)
-  return jax.device_get(jax.jit(lambda *arguments: conformance.plain(call(*arguments)))(*values(case)))
-
-
-def rounds(case: Case) -> bool:
-  """Whether the kernel's result is float8, or pages of it."""
-  return isinstance(case, NormCase | SiluCase) or (isinstance(case, RopeCase) and case.pages == "fp8")
+  return jax.device_get(jax.jit(lambda *arguments: conformance.plain(call(*arguments)))(*case.values()))
 
 
 def timing_record(bench: Bench, name: str) -> dict[str, Any]:
   case, spec = bench.case(name), bench.spec
-  moved, flops = least_work(case, bench.target)
+  moved, flops = case.least_work(bench.target)
   record: dict[str, Any] = {"bytes": moved, "flops": flops, "times": {}}
   for implementation in dict.fromkeys((bench.kernel_of(case) or "xla", "xla")):
     timing = time_case(bench, case, implementation)
     row = {**dataclasses.asdict(timing), "gbps": moved / timing.seconds / 1e9, "tflops": flops / timing.seconds / 1e12}
     if spec:
-      peak = spec.flops("fp8" if getattr(case, "form", "") == "w8a8" else "bf16")
+      peak = spec.flops(case.number_format)
       least = max(moved / spec.bandwidth, flops / peak)
       row |= {"bandwidth_share": moved / timing.seconds / spec.bandwidth, "flops_share": flops / timing.seconds / peak}
       row |= {"least_seconds": least, "roofline_share": least / timing.seconds}
@@ -152,77 +150,40 @@ def timing_record(bench: Bench, name: str) -> dict[str, Any]:
 def time_case(bench: Bench, case: Case, implementation: str):
   """Seconds of a call whose arguments come from device memory, as they do in a model, not from the L2 cache."""
   l2 = bench.spec.l2_bytes if bench.spec else 0
-  copies = 1 if bench.rehearsal else max(1, min(8, math.ceil(2 * l2 / bytes_of(case))))
+  copies = 1 if bench.rehearsal else max(1, min(8, math.ceil(2 * l2 / costs.bytes_of(*jax.tree.leaves(case.arguments())))))
   call = functools.partial(case.call, target=bench.target, implementation=implementation)
-  arguments = [values(case, seed) for seed in range(copies)]
-  return bench.timer(jax.jit(lambda arguments: [call(*own) for own in arguments]), (arguments,), copies)
-
-
-def bytes_of(case: Case) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(case.arguments()))
-
-
-def least_work(case: Case, target: Target) -> tuple[int, int]:
-  """(bytes that must cross the memory bus, operations that the result needs): what no way to compute it can avoid."""
-  if isinstance(case, MatmulCase):
-    return sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(case.arguments())
-    ) + 2 * case.T * case.F, 2 * case.T * case.F * case.D
-  if not isinstance(case, AttentionCase):
-    return case.cost(target)
-  T, context = case.T or case.B, case.M * case.C
-  token = 2 * (case.H + 4) if case.pages == "fp8" else 4 * case.H
-  seen = context - (0 if case.T is None else (case.T // case.B - 1) / 2)
-  return case.B * context * case.K * token + 4 * T * case.N * case.H, int(4 * T * seen * case.N * case.H)
-
-
-def values(case: Case, seed: int = 0) -> tuple:
-  """Random arguments of a call. Every sequence is as long as its row of pages; queries are shared out evenly."""
-  numbers = itertools.count()
-  pages = next((x for x in jax.tree.leaves(case.arguments()) if x.ndim == 4), None)
-
-  def fill(x: jax.ShapeDtypeStruct):
-    key = jax.random.fold_in(jax.random.key(seed), next(numbers))
-    if x.dtype == jnp.int32:
-      if x.ndim == 2:
-        return jax.random.permutation(key, math.prod(x.shape)).reshape(x.shape).astype(jnp.int32) % pages.shape[0]
-      if isinstance(case, AttentionCase) and x.shape[0] == case.B + 1 and case.T is not None:
-        return jnp.linspace(0, case.T, case.B + 1).astype(jnp.int32)
-      table = next(x for x in jax.tree.leaves(case.arguments()) if x.dtype == jnp.int32 and x.ndim == 2)
-      return jnp.full(x.shape, table.shape[1] * pages.shape[-2], jnp.int32)
-    noise = jax.random.normal(key, x.shape)
-    if x.dtype == jnp.float8_e4m3fn:
-      return jnp.clip(100 * noise, -448, 448).astype(x.dtype)
-    return noise.astype(x.dtype) if x.dtype == jnp.bfloat16 else 0.01 * jnp.exp(noise)
-
-  return jax.jit(lambda: jax.tree.map(fill, case.arguments()))()
+  arguments = [case.values(seed) for seed in range(copies)]
+  return bench.timer(jax.jit(lambda arguments: [call(*copy) for copy in arguments]), (arguments,), copies)
 
 
 def tuning_record(bench: Bench, name: str, out_of_time: Callable[[], bool]) -> dict[str, Any]:
   """Searches, checks the results of what was found, and writes it. The record says what became of it."""
   case = bench.case(name)
   kernel = bench.kernel_of(case)
+  assert isinstance(case, TunableCase) and kernel is not None  # Bench.names
 
-  def seconds(case: Case, sizes) -> float:
-    with tuned.trying(case.kernel, sizes):
+  def seconds(case: TunableCase, sizes) -> float:
+    with tuned.trying(case.operation, sizes):
       try:
         return time_case(bench, case, kernel).seconds
       except Exception:  # the compiler refuses: as good as infinitely slow
         return math.inf
 
-  found = list(gpu_search.search(case, bench.target, seconds, out_of_time))
-  record: dict[str, Any] = {"found": [{"key": gpu_search.key_of(c), **dataclasses.asdict(f)} for c, f in found], "written": ""}
-  entries = gpu_search.entries_of(found)
-  for own, result in found if entries else ():
-    with tuned.trying(case.kernel, result.sizes):
-      error = conformance.error_of(results(bench, own, kernel), results(bench, own, "reference"))
+  searched = list(gpu_search.search(case, bench.target, seconds, out_of_time))
+  record: dict[str, Any] = {
+    "found": [{"key": call.tuning_key(), **dataclasses.asdict(result)} for call, result in searched],
+    "written": "",
+  }
+  entries = gpu_search.entries_of(searched)
+  for call, result in searched if entries else ():
+    with tuned.trying(case.operation, result.sizes):
+      error = conformance.error_of(results(bench, call, kernel), results(bench, call, "reference"))
     if not error <= 2 * FLOOR:
       return record | {"failure": f"{result.sizes} compute something else: off by {error:.2g}"}
   if entries:
     facts = {"device_kind": bench.target.kind, "compute_capability": bench.target.capability, "num_sms": bench.target.num_sms}
     conditions = {"jax": jax.__version__, "runtime": " ".join(bench.device.client.platform_version.split())}
-    path = tuned.write(case.kernel, {**facts, "conditions": conditions}, entries, tuned.folder(case.kernel))
-    record["written"] = str(path)
+    record["written"] = str(tuned.write(case.operation, {**facts, "conditions": conditions}, entries))
   return record
 
 
@@ -295,8 +256,9 @@ STAGES: dict[str, Callable] = {
 }
 
 
-def work(stage: str, names: list[str], out: str, until: float, rehearsal: bool) -> None:
-  """The child: appends one JSON line a name to `out`, until the time (of time.time()) is over."""
+def work(stage: str, names: list[str], until: float, rehearsal: bool, cache_dir: str = "") -> Iterator[dict]:
+  """The child: yields one record a name, until the time (of time.time()) is over."""
+  command.use_measured_tiles(cache_dir)
   bench = Bench.here(rehearsal)
   for number, name in enumerate(names):
     if time.time() >= until:
@@ -308,5 +270,8 @@ def work(stage: str, names: list[str], out: str, until: float, rehearsal: bool) 
       record = STAGES[stage](bench, name, **options)
     except Exception as error:  # a line of the report; the next one goes on
       record = {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:400], "passed": False}
-    with open(out, "a", encoding="utf-8") as file:
-      file.write(json.dumps({"stage": stage, "name": name, "took_seconds": round(time.time() - start, 2), **record}) + "\n")
+    yield {"stage": stage, "name": name, "took_seconds": round(time.time() - start, 2), **record}
+
+
+if __name__ == "__main__":
+  child_process.serve(lambda request: work(**request))
