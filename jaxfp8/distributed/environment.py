@@ -36,8 +36,9 @@ class Place:
       raise InputError("hosts: --num_processes and --process_id belong to --coordinator=HOST:PORT. Pass all three.")
     if self.num_processes is not None and self.num_processes < 1:
       raise InputError(f"hosts: --num_processes must be at least 1; got {self.num_processes}.")
-    if self.process_id is not None and not 0 <= self.process_id < self.num_processes:
-      raise InputError(f"hosts: --process_id must be from 0 to {self.num_processes - 1}; got {self.process_id}.")
+    count = self.num_processes or 1
+    if self.process_id is not None and not 0 <= self.process_id < count:
+      raise InputError(f"hosts: --process_id must be from 0 to {count - 1}; got {self.process_id}.")
 
   @property
   def is_one_of_many(self) -> bool:

@@ -188,7 +188,8 @@ def software() -> dict[str, str]:
   return {"version": f"jaxfp8 {version} ({digest.hexdigest()[:8]}) with jax {jax.__version__}"}
 
 
-def _client():
+def _client() -> Any:
+  """The client of JAX's key-value store; None before `start` and in a run of one process."""
   return distributed.global_state.client
 
 

@@ -194,7 +194,7 @@ class Calibrator:
     _, hessians = self._run(layer, plain.read(tuple(keys)), plain, hidden, _hessians)
     return self._round(layer, hessians)
 
-  def _round(self, layer: int, hessians: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+  def _round(self, layer: int, hessians: Mapping[str, jax.Array] | None) -> dict[str, np.ndarray]:
     found = {}
     for merged in self._float8(layer):
       inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
@@ -207,12 +207,12 @@ class Calibrator:
   def _scales(self, layer: int, magnitudes: Mapping[str, Magnitudes] | None) -> dict[str, np.ndarray]:
     found = {}
     for name, sizes in (magnitudes or {}).items():
-      scales = sizes.scales()
+      scales, choice = sizes.scales(), self.choice or ""  # there are magnitudes only if there is a choice
       self.seen.append(Seen(layer, name, sizes.amax, scales))
       if name in static_scales.KV:
-        found[static_scales.kv_key(layer, name)] = scales[self.choice]
+        found[static_scales.kv_key(layer, name)] = scales[choice]
       elif name in self._float8(layer):
-        found |= {key: np.asarray(scales[self.choice][0]) for key in static_scales.input_keys(layer, name)}
+        found |= {key: np.asarray(scales[choice][0]) for key in static_scales.input_keys(layer, name)}
     return found
 
   def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: QuantizedSource, hidden, collect):
@@ -253,7 +253,7 @@ def _one_layer(config, segment, x, y, cache: KVCache, batch: PrefillBatch):
   return x, y, inputs
 
 
-def _listening(linear: Linear, hear: Callable[[jax.Array], None]) -> Linear:
+def _listening(linear: Linear, hear: Callable[[Any], None]) -> Linear:
   """The same linear, which tells its inputs while it is traced."""
 
   class Listening(Linear):

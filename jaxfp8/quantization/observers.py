@@ -51,12 +51,12 @@ def _percentile(bins: np.ndarray) -> float:
   return float(_centres()[min(place, _NUM_BINS - 1)])
 
 
-def _least_squares(bins: np.ndarray, amax: float) -> float:
+def _least_squares(bins: np.ndarray, amax: float | np.floating) -> float:
   """The largest size to represent, from amax down to a 64th of it, with the least squared error of all values."""
   there = np.flatnonzero(bins)
   size, weight = np.minimum(_centres()[there], amax), bins[there]
 
-  def error(candidate: float) -> float:
+  def error(candidate: float | np.floating) -> float:
     scale = candidate / FLOAT8_MAX
     rounded = np.minimum(size / scale, FLOAT8_MAX).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
     return float(np.sum(weight * np.square(size - rounded)))

@@ -11,6 +11,7 @@ times one matrix and one H in float32. Refuses to know where X comes from (calib
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def _per_scale(error_FD: jax.Array, granularity: str) -> jax.Array:
   return jnp.sum(padded.reshape(-(-F // BLOCK), BLOCK, -(-D // BLOCK), BLOCK), axis=(1, 3))
 
 
-def _spread(scale, shape: tuple[int, int]):
+def _spread(scale, shape: tuple[int, ...]):
   """A scale [F] or [F / 128, D / 128], of jax or numpy, as an array [F, D]."""
   F, D = shape
   if scale.ndim == 1:
@@ -111,9 +112,9 @@ class Inputs:
     return cls(order, np.linalg.inv(lower)[::-1, ::-1].astype(np.float32))
 
 
-def _gptq(w_FD: np.ndarray, inputs: Inputs, granularity: str) -> QArray:
+def _gptq(w_FD: Any, inputs: Inputs, granularity: str) -> QArray:
   """In numpy on the host, with columns as rows: XLA:CPU's conversions to float8 would cost ten times the arithmetic."""
-  scale = np.asarray(_nearest(w_FD, granularity).scale)
+  scale: Any = np.asarray(_nearest(w_FD, granularity).scale)
   order, factor = inputs.order, inputs.factor
   w, spread = np.ascontiguousarray(w_FD.T[order]), _spread(scale, w_FD.shape).T[order]
   q = np.empty(w.shape, _FLOAT8)
@@ -127,6 +128,6 @@ def _gptq(w_FD: np.ndarray, inputs: Inputs, granularity: str) -> QArray:
       errors[j] = (column - q[place].astype(np.float32) * own) / factor[place, place]
       block[j + 1 :] -= factor[place, place + 1 : stop, None] * errors[j]
     w[stop:] -= factor[start:stop, stop:].T @ errors
-  rounded = np.empty(w_FD.shape, _FLOAT8)
+  rounded: Any = np.empty(w_FD.shape, _FLOAT8)  # a numpy array, as all of this QArray
   rounded[:, order] = q.T
   return QArray(rounded, scale)

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from jaxfp8 import child_process
 from jaxfp8.errors import InputError
@@ -50,11 +50,11 @@ class ChatTemplate:
   def _ask(self, request: str) -> dict[str, Any]:
     if self._child is None or self._child.poll() is not None:
       self._child = self._start()
-    child = self._child
+    stdin, stdout, _ = _pipes(child := self._child)
     with contextlib.suppress(BrokenPipeError):
-      child.stdin.write(request + "\n")
-      child.stdin.flush()
-    line = child.stdout.readline()
+      stdin.write(request + "\n")
+      stdin.flush()
+    line = stdout.readline()
     if not line.endswith("\n"):  # the clock or a memory fault ended it
       child.wait()
       self._child = None
@@ -72,16 +72,22 @@ class ChatTemplate:
       encoding="utf-8",
     )
     weakref.finalize(self, _stop, child)
-    if not child.stdout.readline():
-      reason = child_process.last_line(child.stderr.read()) or "no reason given"
+    _, stdout, stderr = _pipes(child)
+    if not stdout.readline():
+      reason = child_process.last_line(stderr.read()) or "no reason given"
       raise InputError(f"chat: the process that renders chat templates did not start: {reason}. Pass --raw.")
-    child.stderr.close()
+    stderr.close()
     return child
+
+
+def _pipes(child: subprocess.Popen) -> tuple[IO[str], IO[str], IO[str]]:
+  """stdin, stdout and stderr of a child that was started with pipes."""
+  return cast(tuple[IO[str], IO[str], IO[str]], (child.stdin, child.stdout, child.stderr))
 
 
 def _stop(child: subprocess.Popen) -> None:
   child.kill()
   child.wait()
-  for pipe in (child.stdin, child.stdout, child.stderr):
+  for pipe in _pipes(child):
     with contextlib.suppress(OSError):
       pipe.close()

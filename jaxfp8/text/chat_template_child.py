@@ -13,6 +13,7 @@ import json
 import resource
 import signal
 import sys
+from typing import ClassVar
 
 import jinja2
 import jinja2.ext
@@ -25,7 +26,7 @@ _MAX_TEXT = 32 << 20  # characters; a prompt of that length fits no model
 class _Generation(jinja2.ext.Extension):
   """`{% generation %}` marks the assistant's words for training; here it is only what stands inside."""
 
-  tags = frozenset({"generation"})
+  tags: ClassVar[set[str]] = {"generation"}
 
   def parse(self, parser):
     next(parser.stream)
