@@ -22,6 +22,8 @@ from jaxfp8.serving import memory
 from tests.helpers import commands, tiny_models
 from tests.helpers.commands import CHAIN
 
+pytestmark = pytest.mark.process
+
 SHORT = ("--max_new_tokens", "30")  # with a short prompt, one page
 
 

@@ -17,6 +17,8 @@ from tests.helpers import commands, tiny_models
 from tests.helpers.commands import CHAIN
 from tests.helpers.gguf_files import write_gguf
 
+pytestmark = pytest.mark.process
+
 CONFIG = tiny_models.make_config("mha_tied")
 WEIGHTS = tiny_models.make_weights(CONFIG)
 CONTEXT = 128

@@ -1,0 +1,75 @@
+"""Answers on stdout: of several prompts in their order, and of a conversation in the terminal. Knows no flags."""
+
+import sys
+from collections.abc import Sequence
+
+from jaxfp8.errors import InputError
+
+
+def answer(engine, requests: Sequence, prompts: Sequence[str], *, show: bool) -> list:
+  """Runs all requests together and returns their completions in order; prints their text if `show` is set."""
+  completions, printer = [None] * len(requests), _OrderedPrinter(prompts)
+  for delta in engine.stream(requests):
+    if show:
+      printer.push(delta)
+    if delta.completion:
+      completions[delta.request_id] = delta.completion
+  return completions
+
+
+class _OrderedPrinter:
+  """Prints answers one after the other: the first as its text comes, every other one when those before it are complete."""
+
+  def __init__(self, prompts: Sequence[str]):
+    self.prompts, self.held_texts, self.complete = prompts, [""] * len(prompts), [False] * len(prompts)
+    self.turn = -1
+
+  def push(self, delta) -> None:
+    self.held_texts[delta.request_id] += delta.text
+    self.complete[delta.request_id] = delta.completion is not None
+    if self.turn < 0:
+      self._next()
+    while self.turn < len(self.prompts):
+      print(self.held_texts[self.turn], end="", flush=True)
+      self.held_texts[self.turn] = ""
+      if not self.complete[self.turn]:
+        return
+      print(flush=True)
+      self._next()
+
+  def _next(self) -> None:
+    self.turn += 1
+    if len(self.prompts) > 1 and self.turn < len(self.prompts):
+      print(f"[{self.turn + 1}] {self.prompts[self.turn]}", flush=True)
+
+
+def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str, str]]) -> list:
+  """Reads lines from stdin and answers each, until the end of the input; returns the completions.
+
+  chat: the whole conversation is the prompt of each answer. system: the messages that every conversation starts with.
+  """
+  from jaxfp8.serving import followers
+  from jaxfp8.serving.engine import Request
+
+  history, completions = list(system), []
+  while True:
+    if sys.stdin.isatty():
+      print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      followers.share(None)
+      return completions
+    if not line.strip():
+      continue
+    turn = [*history, {"role": "user", "content": line.strip()}]
+    try:
+      prompt = tokenizer.chat(turn) if chat else tokenizer.encode(line)
+      requests = followers.share([Request(tuple(prompt), params)])
+      (completion,) = answer(engine, requests or [], [line], show=True)
+    except InputError as error:
+      print(f"{error} The conversation starts anew." if len(history) > len(system) else error, file=sys.stderr)
+      history = list(system)
+      continue
+    completions.append(completion)
+    if chat:
+      history = [*turn, {"role": "assistant", "content": completion.text}]
