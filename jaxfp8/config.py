@@ -3,11 +3,11 @@
 A config is validated once, when it is made, from one of these:
 
     configs/models/NAME.toml          ->  LlamaConfig.from_name, from_toml
-    config.json or GGUF metadata      ->  jaxfp8.readers.read_config
+    config.json or GGUF metadata      ->  jaxfp8.checkpoint.readers.read_config
     metadata of a jaxfp8 checkpoint   ->  LlamaConfig.from_dict
 
-What is not a Llama that jaxfp8 computes exactly (another architecture, a sliding window, biases, an unknown rope type,
-another activation) is refused by name, never run wrongly.
+A model that jaxfp8 does not compute exactly (another architecture, a sliding window, biases, an unknown rope type, another
+activation) is refused by name and never run wrongly.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from jaxfp8.errors import InputError
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def refuse_model(what: str, value: Any) -> InputError:
-  """The error for a model that is not a Llama; raised by the readers."""
+def refuse_model(feature: str, value: Any) -> InputError:
+  """The error, for readers to raise, for a model that is not a Llama. feature, value: a key of the config and its value."""
   return InputError(
-    f"config: {what} {value!r} is not a Llama that jaxfp8 computes exactly. Use a LlamaForCausalLM checkpoint without it."
+    f"config: {feature} {value!r} is not a Llama that jaxfp8 computes exactly. Use a LlamaForCausalLM checkpoint without it."
   )
 
 
@@ -39,7 +39,10 @@ def _require_positive(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding (RoFormer, arXiv 2104.09864); `llama3` is Llama 3.1's frequency scaling."""
+  """Rotary position embedding (RoFormer, arXiv 2104.09864); `llama3` is Llama 3.1's frequency scaling.
+
+  Raises InputError for an unknown type, and for numbers that are not positive or not in order.
+  """
 
   theta: float = 10000.0
   type: str = "default"
@@ -64,7 +67,7 @@ class RopeConfig:
   def inverse_frequencies(self, head_dim: int) -> np.ndarray:
     """Radians per token of each rotated pair: float32 [head_dim / 2].
 
-    Computed in float32 step by step, since that is what Llama checkpoints were trained and published with.
+    Every step is in float32, as in the code that trained and published Llama checkpoints.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     freq = np.float32(1.0) / np.power(np.float32(self.theta), exponent, dtype=np.float32)
@@ -75,7 +78,10 @@ class RopeConfig:
     return freq
 
   def _llama3(self, freq: np.ndarray) -> np.ndarray:
-    """Long wavelengths are slowed by `factor`, short ones kept, those between blended (Meta's llama-models `apply_scaling`)."""
+    """Divides the frequencies of long wavelengths by `factor`, keeps those of short ones, and blends between the two.
+
+    Source: `apply_scaling` in Meta's llama-models.
+    """
     wavelength = np.float32(2 * math.pi) / freq
     low = self.original_max_context / self.low_freq_factor
     high = self.original_max_context / self.high_freq_factor
@@ -88,7 +94,10 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Sizes of one Llama. The letters are the project's alphabet: V D F L N K H (see CONTRIBUTING.md)."""
+  """Sizes of one Llama. The letters are the project's alphabet: V D F L N K H (see docs/architecture.md).
+
+  Raises InputError, naming the field, for sizes that are not positive whole numbers or do not fit together.
+  """
 
   vocab_size: int  # V
   d_model: int  # D
@@ -132,17 +141,21 @@ class LlamaConfig:
 
   @classmethod
   def from_name(cls, name: str) -> "LlamaConfig":
-    """The config in configs/models/NAME.toml. Raises InputError, with near names, if there is none."""
+    """The config in configs/models/NAME.toml. Raises InputError, with similar names, if there is no such file."""
     return cls.from_toml(find_config("models", name))
 
   @classmethod
   def from_toml(cls, path: str | pathlib.Path) -> "LlamaConfig":
+    """The config in a TOML file. Raises InputError, naming the file, if it cannot be read or holds another set of fields."""
     path = pathlib.Path(path)
-    return cls.from_dict({"name": path.stem, **read_toml(path)}, where=str(path))
+    return cls.from_dict({"name": path.stem, **read_toml(path)}, source=str(path))
 
   @classmethod
-  def from_dict(cls, fields: Mapping[str, Any], where: str = "the checkpoint's metadata") -> "LlamaConfig":
-    """From what `to_dict` gave or a TOML file holds. Raises InputError, naming `where`, on unknown or missing fields."""
+  def from_dict(cls, fields: Mapping[str, Any], source: str = "the checkpoint's metadata") -> "LlamaConfig":
+    """The config from the fields that `to_dict` returns or a TOML file holds.
+
+    source: the file, for messages. Raises InputError, naming the source, for unknown and for missing fields.
+    """
     fields = dict(fields)
     try:
       if "eos_ids" in fields:
@@ -150,23 +163,23 @@ class LlamaConfig:
       return cls(rope=RopeConfig(**fields.pop("rope", {})), **fields)
     except TypeError as error:
       raise InputError(
-        f"config: {where} does not hold the fields of a LlamaConfig: {error}. Compare configs/models/tiny.toml."
+        f"config: {source} does not hold the fields of a LlamaConfig: {error}. Compare configs/models/tiny.toml."
       ) from error
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain values that JSON keeps; `from_dict` gives the same config back."""
+    """Plain values for JSON; `from_dict` returns an equal config."""
     return {**dataclasses.asdict(self), "eos_ids": list(self.eos_ids)}
 
 
 def configs_folder() -> pathlib.Path:
-  """`configs/` of this installation: inside the package in a wheel, beside it in a checkout."""
+  """The folder `configs/` of this installation: in the package for a wheel, beside the package in a checkout."""
   here = pathlib.Path(__file__).parent
   inside = here / "configs"
   return inside if inside.is_dir() else here.parent / "configs"
 
 
 def find_config(kind: str, name: str) -> pathlib.Path:
-  """configs/KIND/NAME.toml; kind is "models" or "devices". Raises InputError with near names."""
+  """The path configs/KIND/NAME.toml; kind is "models" or "devices". Raises InputError, with similar names, if absent."""
   folder = configs_folder() / kind
   names = sorted(path.stem for path in folder.glob("*.toml"))
   if name not in names:
@@ -176,6 +189,7 @@ def find_config(kind: str, name: str) -> pathlib.Path:
 
 
 def read_toml(path: pathlib.Path) -> dict[str, Any]:
+  """The content of a TOML file. Raises InputError, naming the file, if it cannot be read."""
   try:
     with open(path, "rb") as file:
       return tomllib.load(file)

@@ -1,18 +1,18 @@
-"""The one exception for a caller's mistake.
+"""`InputError`, the exception for a caller's mistake.
 
-Every message names who speaks, the rule, the value that broke it and the way out, in one sentence or two, for example
+Every message names the part of jaxfp8, the rule, the value that breaks the rule and the remedy, in one or two sentences:
 `config: num_heads must be a multiple of num_kv_heads; got 9 and 2. Check the checkpoint's config.json.`
-Entry points print it without a traceback and exit with code 1.
+Commands print the message without a traceback and exit with code 1.
 """
 
 _MAX_MESSAGE = 2000
 
 
 class InputError(ValueError):
-  """What was given (a file, a flag, a shape) breaks a rule; the message says which and what to do."""
+  """An input (a file, a flag, a shape) breaks a rule; the message names the rule and the remedy."""
 
   def __init__(self, message: str = ""):
-    # A value from a damaged file may be as long as the file.
+    # A value from a damaged file can be as long as the file.
     if len(message) > _MAX_MESSAGE:
       message = f"{message[: _MAX_MESSAGE // 2]} [...] {message[-_MAX_MESSAGE // 4 :]}"
     super().__init__(message)

@@ -1,4 +1,4 @@
-"""How many devices each axis of the mesh has. Imports no jax: the planner and the programs cut a model by the same rule."""
+"""The number of devices along each axis of the mesh. Imports no jax, so that planner and programs cut a model by one rule."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from jaxfp8.recipe import BLOCK, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-  """Devices by axis. `data` holds whole copies of the model; kv and group cut one copy (their product is `tensor`)."""
+  """Devices along each axis. The model is copied over data; each copy is cut over kv and group (their product is `tensor`)."""
 
   data: int = 1
   kv: int = 1
@@ -18,6 +18,7 @@ class MeshShape:
 
   @property
   def tensor(self) -> int:
+    """Devices that hold one copy of the model."""
     return self.kv * self.group
 
   @property
@@ -26,9 +27,9 @@ class MeshShape:
 
   @classmethod
   def for_model(cls, config: LlamaConfig, tensor: int = 1, data: int = 1) -> "MeshShape":
-    """Cuts `tensor` into (kv, group): kv as wide as the KV heads allow, the rest over the query heads of a KV head.
+    """Splits `tensor` into (kv, group): kv as large as the KV heads allow; group cuts the query heads of a KV head.
 
-    Raises InputError, with the sizes that are possible, when tensor or data is not positive or group does not divide G.
+    Raises InputError if tensor or data is not positive, or if group does not divide G; the message lists the possible sizes.
     """
     for name, value in (("tensor", tensor), ("data", data)):
       if value < 1:
@@ -53,7 +54,7 @@ def possible_tensors(config: LlamaConfig) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Padded:
-  """Sizes that padding may enlarge for a mesh and a recipe: rows of zeros, never seen outside."""
+  """Sizes that are padded with rows of zeros for a mesh and a recipe. Results never contain the padding."""
 
   vocab_size: int
   d_ff: int
@@ -65,4 +66,5 @@ class Padded:
 
 
 def round_up(value: int, unit: int) -> int:
+  """The least multiple of `unit` that is at least `value`."""
   return -(-value // unit) * unit

@@ -1,4 +1,4 @@
-"""Pictures in files: the path checked before anything is computed, matplotlib imported only when one is drawn."""
+"""The common part of all figures. Paths are checked before a computation starts; matplotlib is imported for drawing only."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ MARKERS = "osD^vP*X"
 
 
 def check_plot_path(path: str) -> None:
-  """Raises InputError when no picture can be written there."""
+  """Raises InputError for a suffix that is no format of figures, and for a folder that does not exist."""
   if pathlib.Path(path).suffix.lower() not in SUFFIXES:
     raise InputError(f"plot: a plot must end in {', '.join(SUFFIXES)}; got {path!r}. Pass for example --plot=plot.png.")
   if not pathlib.Path(path).absolute().parent.is_dir():
@@ -18,7 +18,7 @@ def check_plot_path(path: str) -> None:
 
 
 def new_figure(width: float, height: float):
-  """An empty matplotlib Figure of that many inches. Raises InputError without matplotlib."""
+  """An empty matplotlib Figure; width and height in inches. Raises InputError without matplotlib."""
   try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, path: str) -> None:
-  """Writes a png, svg or pdf. Raises InputError if that cannot be done."""
+  """Writes a figure as png, svg or pdf, by the suffix of `path`. Raises InputError if the file cannot be written."""
   try:
     figure.savefig(path, dpi=130)
   except OSError as error:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line a stage elsewhere."""
+"""Progress on stderr: a bar on a terminal; elsewhere one line for each stage that took more than half a second."""
 
 import contextlib
 import sys
@@ -19,10 +19,10 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-  """Use as a context manager around everything slow; nothing may be printed to stderr meanwhile. `silent` shows nothing."""
+  """A context manager around slow work. Nothing else may print to stderr meanwhile."""
 
   def __init__(self, silent: bool = False, rate: bool = False):
-    """rate: also GB/s and the time left, where bytes are counted."""
+    """silent: show nothing. rate: also show GB/s and the time left, for stages that count bytes."""
     self._silent = silent
     self._console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
@@ -41,7 +41,7 @@ class Progress:
 
   @contextlib.contextmanager
   def task(self, title: str) -> Iterator[Callable[[int, int], None]]:
-    """One stage; gives a function (bytes done, bytes in all) that moves the bar."""
+    """One stage. Yields a function (bytes done, bytes in total) that moves the bar."""
     start = time.perf_counter()
     task = self._bar.add_task(title, total=None) if self._bar else None
 

@@ -1,8 +1,8 @@
-"""Numbers as people read them: bytes, times, rates, shares. Imports nothing of jaxfp8."""
+"""Bytes, times, rates and shares as text for people. Imports no other module of jaxfp8."""
 
 
 def format_bytes(num_bytes: float) -> str:
-  """Decimal units with three significant digits, as bandwidths are counted: 70.6 GB, 8.82 GB, 164 kB."""
+  """Decimal units, as for bandwidths, with three significant digits: 70.6 GB, 8.82 GB, 164 kB."""
   return _scaled(num_bytes, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B")
 
 
@@ -12,12 +12,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_rate(rate: float) -> str:
-  """Tokens a second: three significant digits, whole from 100 on, with thousands separated."""
+  """Tokens per second: three significant digits; whole numbers from 100, with a separator for thousands."""
   return f"{rate:,.0f}" if rate >= 100 else _three_digits(rate)
 
 
 def format_share(share: float) -> str:
-  """A fraction in per cent; one digit after the point below ten per cent."""
+  """A fraction as per cent, with one decimal below ten per cent: 87 %, 3.4 %."""
   return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 

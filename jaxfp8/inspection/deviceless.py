@@ -1,12 +1,12 @@
-"""Programs compiled for a GPU that is not there, and what their machine code says.
+"""Programs compiled for an absent GPU, and reports on their machine code.
 
     load_device("h100") -> target_config -> topology -> mesh -> compile_for(function, arguments) -> Compiled
     MOSAIC_GPU_DUMP_TO=folder while compiling -> read_dumps(folder) -> [KernelReport]: registers, spills, opcodes
     compile_cases("h100", names) -> the same in child processes, with a time limit
 
-A wrong instruction for a target makes LLVM abort the whole process, so whatever may fail goes through `compile_cases`: one
-child for all kernels, and after an abort one child for each kernel that is left. Needs the `cuda` extra (jax's CUDA plugin,
-nvdisasm), no GPU. Refuses to know: what the kernels compute, and times; nothing here has run on a device.
+An instruction that the target lacks makes LLVM abort the whole process. `compile_cases` therefore compiles in child processes:
+one for all kernels, and after an abort one for each remaining kernel. Needs the `cuda` extra (jax's CUDA plugin, nvdisasm) and
+no GPU. Refuses to know what kernels compute, and times: no program here has run on a device.
 """
 
 import collections
@@ -32,13 +32,17 @@ from jaxfp8.planning.devices import DeviceSpec, have_compiler, load_device
 
 DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 REGISTERS_PER_SM = 65536
-RESERVED_SMEM = 1024  # bytes that the hardware keeps of each CTA's shared memory (CUDA programming guide, from 8.0 on)
-HARMLESS = frozenset({"C7504"})  # setmaxnreg is ignored in relocatable code, which is what nvJitLink makes
+RESERVED_SMEM = 1024  # bytes of each CTA's shared memory that the hardware reserves (CUDA programming guide, from 8.0 on)
+HARMLESS = frozenset({"C7504"})  # setmaxnreg is ignored in relocatable code, and nvJitLink takes only such code
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-  """One compiled Mosaic kernel. bytes; registers a thread; opcodes counted in the machine code, not executed."""
+  """One compiled Mosaic kernel.
+
+  registers: of a thread. threads: of a CTA. *_bytes: of a CTA (smem) or a thread (spill, stack). warnings: codes of ptxas.
+  opcodes: the number of instructions in the machine code by opcode; not the number that runs.
+  """
 
   kernel: str
   device: str
@@ -52,18 +56,21 @@ class KernelReport:
   opcodes: dict[str, int]
 
   def count(self, pattern: str) -> int:
-    """How many instructions have an opcode that matches the regular expression from its start."""
+    """The number of instructions with an opcode whose beginning matches the regular expression."""
     return sum(number for opcode, number in self.opcodes.items() if re.match(pattern, opcode))
 
   def ctas_per_sm(self, spec: DeviceSpec) -> int:
-    """How many CTAs one SM holds, by registers (given to a warp in units of 256), shared memory and threads."""
+    """The number of CTAs that fit one SM, by registers (allocated to a warp in units of 256), shared memory and threads."""
     registers = -(-self.registers // 8) * 8 * self.threads
     smem = -(-self.smem_bytes // 128) * 128 + RESERVED_SMEM
     return min(REGISTERS_PER_SM // registers, spec.shared_memory_per_sm_bytes // smem, spec.threads_per_sm // self.threads)
 
 
 def target_config(spec: DeviceSpec) -> str:
-  """The text protocol buffer with which XLA describes a GPU (stream_executor's GpuTargetConfigProto)."""
+  """XLA's description of a GPU, a protocol buffer as text (stream_executor's GpuTargetConfigProto).
+
+  Raises InputError for a device that is no GPU.
+  """
   major, minor = spec.compute_capability
   if not spec.num_sms:
     raise InputError(f"deviceless: programs are compiled for GPUs; {spec.name!r} is none. Try h100.")
@@ -92,7 +99,10 @@ device_description_str: "{spec.title}"
 
 
 def topology(spec: DeviceSpec, num_devices: int = 1, num_hosts: int = 1) -> topologies.TopologyDescription:
-  """`num_devices` GPUs in all, cut evenly over hosts. Raises InputError where they do not divide or nothing can compile."""
+  """`num_devices` absent GPUs in all, equally many on each host.
+
+  Raises InputError if they do not divide over the hosts, or the CUDA compiler is not installed.
+  """
   if num_devices % num_hosts:
     raise InputError(f"deviceless: num_devices must divide over {num_hosts} hosts; got {num_devices}.")
   if not have_compiler():
@@ -108,54 +118,60 @@ def absent_mesh(spec: DeviceSpec, shape: Sequence[int] = (1,), names: Sequence[s
 
 
 def kernel_target(spec: DeviceSpec) -> pallas_kernels.Target:
-  """What dispatch needs to choose kernels for this device."""
+  """The target by which dispatch chooses kernels for this device."""
   return pallas_kernels.Target("cuda", spec.compute_capability, spec.num_sms)
 
 
 @contextlib.contextmanager
 def lowering_for(spec: DeviceSpec):
-  """While open, Mosaic's Python half lowers for `spec` and keeps its shared memory limit.
+  """A context in which the Python half of Mosaic lowers for `spec`, with the shared memory of `spec` as its limit.
 
-  With no GPU in sight it takes every target for an sm_90 with 227 KB: it would emit TMA for an A100, which aborts LLVM, and
-  let 160 KB through for a GB10. Private names of jax 0.12.0.1.
+  Without a GPU, Mosaic takes every target for an sm_90 with 227 KB: it would emit TMA for an A100, which aborts LLVM, and
+  accept 160 KB for a GB10. Uses private names of jax 0.12.0.1.
   """
   from jax.experimental.mosaic.gpu import core, utils
 
-  seen = utils._infer_arch
+  infer_arch = utils._infer_arch
   utils._infer_arch = lambda: spec.compute_capability
   try:
     with core.artificial_shared_memory_limit(spec.shared_memory_per_block_bytes):
       yield
   finally:
-    utils._infer_arch = seen
+    utils._infer_arch = infer_arch
 
 
 def compile_for(
   function: Callable, arguments: Any, spec: DeviceSpec, *, mesh: Mesh | None = None, donate_argnums: Sequence[int] = ()
 ) -> jax.stages.Compiled:
-  """Compiles function(*arguments) for `spec`. Arguments are ShapeDtypeStructs or arrays; with no mesh, one device.
+  """Compiles function(*arguments) for `spec`.
 
-  Arguments with a sharding keep it, the others are replicated. May abort the process: see the module's text.
+  arguments: ShapeDtypeStructs or arrays. Those with a sharding keep it, the others are replicated. mesh: None is one device.
+  LLVM may abort the process: see the module's docstring.
   """
   mesh = mesh or absent_mesh(spec)
   replicated = NamedSharding(mesh, PartitionSpec())
 
-  def place(x):
+  def with_sharding(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or replicated)
 
-  placed = jax.tree.map(place, tuple(arguments))
+  abstract = jax.tree.map(with_sharding, tuple(arguments))
   with lowering_for(spec):
-    traced = jax.jit(function, donate_argnums=tuple(donate_argnums)).trace(*placed)
+    traced = jax.jit(function, donate_argnums=tuple(donate_argnums)).trace(*abstract)
     return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 def read_dumps(folder: str | os.PathLike, kernel: str = "", device: str = "") -> list[KernelReport]:
-  """The kernels whose dumps lie in `folder` (written while MOSAIC_GPU_DUMP_TO named it), in the order of compilation."""
+  """Reports on the kernels with dumps in `folder`, in the order of compilation.
+
+  The dumps are written while the environment variable MOSAIC_GPU_DUMP_TO names the folder. kernel, device: names in the
+  reports.
+  Raises InputError if nvdisasm is missing.
+  """
 
   def in_order(pattern):
     return sorted(pathlib.Path(folder).glob(pattern), key=lambda path: (len(path.name), path.name))
 
-  # The two halves of the compiler number kernels on their own, so names need not agree, but the order does.
+  # Each half of the compiler numbers kernels by itself, so names need not agree; the order does.
   pairs = zip(in_order("*.ptxas"), in_order("*.resources.txt"), strict=True)
   return [_read_dump(path, resources, kernel or path.stem, device) for path, resources in pairs]
 
@@ -164,36 +180,46 @@ def _read_dump(path: pathlib.Path, resources: pathlib.Path, kernel: str, device:
   log = path.read_bytes().replace(b"\0", b"").decode(errors="replace")
   sass = path.with_suffix(".sass_ctrl")
   if not sass.exists():
-    raise InputError(f"deviceless: no machine code beside {path.name}; nvdisasm is missing. Install the `cuda` extra.")
+    raise InputError(f"deviceless: there is no machine code beside {path.name}; nvdisasm is missing. Install the `cuda` extra.")
   code = sass.read_text()
   ptx = path.with_suffix(".ptx").read_text()
-  spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+  stack, stores, loads = _match(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
   opcodes = collections.Counter(m.group(1) for m in re.finditer(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code))
   threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", ptx)
   return KernelReport(
     kernel=kernel,
     device=device,
-    target=re.search(r"\.target\s+(\w+)", code).group(1),
-    registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+    target=_match(r"\.target\s+(\w+)", code).group(1),
+    registers=int(_match(r"Used (\d+) registers", log).group(1)),
     threads=int(threads.group(1)) if threads else 0,
-    spill_bytes=int(spills.group(2)) + int(spills.group(3)),
-    stack_bytes=int(spills.group(1)),
+    spill_bytes=int(stores) + int(loads),
+    stack_bytes=int(stack),
     smem_bytes=_shared_memory(resources.read_text()),
     warnings=tuple(sorted(set(re.findall(r"\bC7\d+", log)) - HARMLESS)),
     opcodes=dict(sorted(opcodes.items())),
   )
 
 
+def _match(pattern: str, text: str) -> re.Match[str]:
+  """The first match. Raises InputError without a match: the compiler's output then has an unknown form."""
+  match = re.search(pattern, text)
+  if match is None:
+    raise InputError(
+      f"deviceless: the compiler's output has no line like {pattern!r}. Install the CUDA packages of pyproject.toml."
+    )
+  return match
+
+
 def _shared_memory(resources: str) -> int:
-  """Buffers, and eight bytes for every barrier."""
+  """Bytes of the buffers, and eight bytes for every barrier."""
   barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", resources)
-  return int(re.search(r"smem_scratch_bytes=(\d+)", resources).group(1)) + 8 * sum(int(n) * int(m) for n, m in barriers)
+  return int(_match(r"smem_scratch_bytes=(\d+)", resources).group(1)) + 8 * sum(int(n) * int(m) for n, m in barriers)
 
 
 def compile_cases(device: str, names: Sequence[str], timeout_s: float = 300) -> dict[str, list[KernelReport] | str]:
   """Compiles the named cases of `pallas_kernels.cases` for `device` in child processes.
 
-  Returns for each name its kernels' reports, or the text of what went wrong.
+  timeout_s: of one child process, in seconds. Returns for each name the reports on its kernels, or the text of the error.
   """
   results = _child(device, names, timeout_s)
   for name in names:
@@ -204,7 +230,7 @@ def compile_cases(device: str, names: Sequence[str], timeout_s: float = 300) -> 
 
 
 def _child(device: str, names: Sequence[str], timeout_s: float) -> dict[str, list[KernelReport] | str]:
-  """Runs this module as a child process; one answer a case comes back, as far as the child got."""
+  """Runs this module as a child process and returns the results of the cases that the child finished."""
   quiet = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
   with tempfile.TemporaryDirectory() as folder:
     request = {"device": device, "folder": folder, "names": list(names)}
@@ -220,7 +246,7 @@ def _child(device: str, names: Sequence[str], timeout_s: float) -> dict[str, lis
 
 
 def _compile_cases_here(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """The child: compiles case by case and answers each at once, so that an abort loses only the case at hand."""
+  """The child process: compiles case by case and answers each at once, so that an abort loses only the current case."""
   from pallas_kernels import cases
 
   device = request["device"]

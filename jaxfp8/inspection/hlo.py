@@ -1,8 +1,8 @@
 """The text of a compiled program (`compiled.as_text()`) as computations of instructions. Imports no jax.
 
-    text -> parse -> Program: {computation: [Instruction]}, in the order in which they run
+    text -> parse -> Program: {computation: [Instruction]}, in the order of execution
 
-Refuses to know: what instructions cost (traffic.py).
+Refuses to know the cost of instructions (traffic.py).
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+  """The dtype (XLA's name) and axis sizes of an array."""
+
   dtype: str
   sizes: tuple[int, ...]
 
@@ -36,6 +38,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One instruction. shapes: of its results. operands: names of instructions; a parameter's own number instead.
+
+  attributes: the text behind the operands.
+  """
+
   name: str
   opcode: str
   shapes: tuple[Shape, ...]
@@ -48,25 +55,32 @@ class Instruction:
     return sum(shape.bytes for shape in self.shapes)
 
   def called(self, attribute: str = "calls") -> str:
-    """The computation that an attribute names, or an empty string."""
+    """The name of the computation that an attribute calls; an empty string without that attribute."""
     match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
     return match[1] if match else ""
 
   def number(self, attribute: str) -> int:
-    return int(re.search(rf"\b{attribute}=(\d+)", self.attributes)[1])
+    """The whole number of an attribute. Raises KeyError if the instruction has no such attribute."""
+    match = re.search(rf"\b{attribute}=(\d+)", self.attributes)
+    if match is None:
+      raise KeyError(attribute)
+    return int(match[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+  """Instructions by computation. entry: the name of the computation that runs first."""
+
   computations: dict[str, list[Instruction]]
   entry: str
 
   def root(self, name: str) -> Instruction:
+    """The instruction whose result is that of the computation `name`."""
     return next(instruction for instruction in self.computations[name] if instruction.is_root)
 
 
 def parse(text: str) -> Program:
-  """Raises ValueError where the text has no entry computation."""
+  """The program of `compiled.as_text()`. Raises ValueError if the text has no entry computation."""
   computations: dict[str, list[Instruction]] = {}
   current, entry = None, ""
   for line in text.splitlines():
@@ -99,10 +113,10 @@ def _instruction(rest: str, name: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """One past the parenthesis that closes the one at `start`."""
+  """The index behind the parenthesis that closes the parenthesis at `start`."""
   depth = 0
-  for place in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[place], 0)
+  for index in range(start, len(text)):
+    depth += {"(": 1, ")": -1}.get(text[index], 0)
     if not depth:
-      return place + 1
+      return index + 1
   raise ValueError(f"hlo: no closing parenthesis in {text[:80]!r}.")

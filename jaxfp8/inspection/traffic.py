@@ -1,13 +1,13 @@
-"""What a compiled program does on one device: launches, copies, collectives, and the bytes that XLA's own operations move.
+"""The work of a compiled program on one device: launches, copies, collectives, and the bytes that XLA's own operations move.
 
     hlo.parse(text) -> tally(program, weights) -> Tally
 
-Every instruction is walked as often as it runs: a loop's body times its trips; of a conditional's branches the one that moves
-least (greedy sampling), with what the dearest moves beyond it in `optional_bytes`. An operation moves its operands and its
-results; slices and gathers move what they touch, updates in place what they write, and slices that lie zero-copy around a
-Mosaic kernel move nothing: what kernels move is theirs to say (pallas_kernels/costs.py). Where a value comes from is followed
-through tuples, bitcasts and loops, so that reading and copying the weights is seen wherever it happens.
-Refuses to know: times, and what caches would save. Imports no jax.
+An instruction counts as often as it runs: a loop's body once a trip. Of a conditional's branches, the one that moves the fewest
+bytes counts (greedy sampling); `optional_bytes` holds the further bytes of the branch that moves most. An operation moves its
+operands and results. A slice or gather moves the elements that it reads, an update in place those that it writes. Zero-copy
+slices around a Mosaic kernel move nothing, since kernels state their own bytes (pallas_kernels/costs.py). Values are followed
+through tuples, bitcasts and loops, so that reads and copies of the weights are found everywhere.
+Refuses to know times, and the effect of caches. Imports no jax.
 """
 
 import collections
@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from jaxfp8.inspection.hlo import ITEM_BYTES, Instruction, Program, Shape
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# They run nothing on the device, or their other half is counted.
+# Opcodes that run nothing on the device, or whose other half is counted.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "replica-id", "after-all"}
 _LOOKED_THROUGH = {"bitcast", "reshape", "convert", "copy", "transpose"}
-_MATRIX = 1 << 16  # elements from which on a weight's copy is a copy of a matrix
+_MATRIX = 1 << 16  # elements: a weight of at least this size is a matrix
 _MOVES = ("parameter", "bitcast", "constant", "dynamic-slice", "slice", "tuple")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """shapes: what one device gives; result_bytes: what it gets."""
+  """One collective. shapes: of the arrays that one device sends; result_bytes: bytes that it receives."""
 
   kind: str
   shapes: tuple[Shape, ...]
@@ -39,7 +39,7 @@ class Collective:
 
   @property
   def all_reduce_bytes(self) -> int:
-    """The payload of an all-reduce that puts as much on the wire: a scatter or a gather of the same array is half of one."""
+    """The payload of an all-reduce with equal bytes on the wire. A scatter or a gather of the same array needs half of them."""
     whole = max(self.given_bytes, self.result_bytes)
     return whole if self.kind == "all-reduce" else whole // 2
 
@@ -49,8 +49,13 @@ class Collective:
 
 @dataclasses.dataclass
 class Tally:
-  """Of a computation, run once. kernels: Mosaic calls; operations: XLA's kernels; weight_*: labelled values that are read,
-  by kernels or XLA, and matrices of them that XLA writes again. loops: (trips, tally of one) of loops that read weights."""
+  """The work of one run of a computation.
+
+  kernels: calls of Mosaic kernels. operations: launches of XLA's kernels. copies: launches that only copy.
+  xla_bytes: bytes that XLA's operations move. optional_bytes: further bytes of the dearest branches.
+  weight_read_bytes: bytes of weights that kernels or XLA read. weight_written_bytes: bytes of matrices that XLA copies.
+  loops: (trips, tally of one trip) of the loops that read weights.
+  """
 
   kernels: int = 0
   operations: int = 0
@@ -64,9 +69,11 @@ class Tally:
 
   @property
   def launches(self) -> int:
+    """Launches of any kind, collectives apart."""
     return self.kernels + self.operations + self.copies
 
   def add(self, other: "Tally", times: int = 1) -> None:
+    """Adds `times` runs of another computation."""
     for name in ("kernels", "operations", "copies", "xla_bytes", "optional_bytes", "weight_read_bytes", "weight_written_bytes"):
       setattr(self, name, getattr(self, name) + times * getattr(other, name))
     for collective, number in other.collectives.items():
@@ -75,21 +82,21 @@ class Tally:
 
 
 def tally(program: Program, weights: Sequence[int]) -> Tally:
-  """Walks the entry computation; weights: the numbers of its parameters that are weights."""
+  """The work of the program's entry computation. weights: the numbers of the parameters that are weights."""
   walker = _Walker(program)
   parameters = {number: number in set(weights) for number in range(len(program.computations[program.entry]))}
   return walker.walk(program.entry, parameters)[0]
 
 
 class _Walker:
-  """Values are labelled True where they are (parts of) weights, False where not; a tuple's label is a tuple."""
+  """Counts the work of computations. The label of a value is True if the value is (part of) a weight; a tuple has a tuple."""
 
   def __init__(self, program: Program):
     self.program = program
     self._touched: dict[str, tuple[dict[int, int], int, set[int]]] = {}
 
   def walk(self, name: str, parameters, skipped: str = "") -> tuple[Tally, object]:
-    """(tally, label of the root). skipped: an instruction that counts as nothing, a loop's counter."""
+    """(tally, label of the root). skipped: the name of an instruction that does not count, a loop's counter."""
     total, labels, result = Tally(), {}, False
     shapes = {instruction.name: instruction for instruction in self.program.computations[name]}
     for instruction in self.program.computations[name]:
@@ -109,7 +116,7 @@ class _Walker:
       return tuple(given)
     if opcode == "get-tuple-element":
       return given[0][instruction.number("index")] if isinstance(given[0], tuple) else False
-    # A loop hands its weights on unchanged; what it computes was no weight before it either.
+    # A loop passes its weights on unchanged, and its other results were no weights before it.
     return given[0] if opcode in ("bitcast", "while", "optimization-barrier") else False
 
   def _count(self, total: Tally, instruction: Instruction, given, operands: list[Instruction]) -> None:
@@ -125,7 +132,7 @@ class _Walker:
     elif kind in COLLECTIVES:
       shapes = tuple(shape for operand in operands for shape in operand.shapes)
       given_bytes = sum(shape.bytes for shape in shapes)
-      # The first half's result is a tuple of what goes in and what comes out.
+      # The result of the first half is a tuple of the arrays sent and the arrays received.
       collective = Collective(kind, shapes, instruction.bytes - (given_bytes if opcode.endswith("-start") else 0))
       total.collectives[collective] += 1
       total.xla_bytes += given_bytes + collective.result_bytes
