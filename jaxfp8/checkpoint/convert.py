@@ -75,7 +75,7 @@ def convert_checkpoint(
     )
   if activations in ("static", "dynamic") and recipe.weights == "fp8":
     recipe = dataclasses.replace(recipe, activations="fp8")
-  arrays = QuantizedSource(source, recipe, keep_bf16, _SCALES.get(activations, _SCALES["static"]))
+  arrays = QuantizedSource(source, recipe, keep_bf16, _SCALES.get(activations or "static", _SCALES["static"]))
   if activations == "static" and static_scales.has_all_input_scales(arrays.formats, arrays.expected):
     recipe = dataclasses.replace(recipe, activations=Precision.FP8_STATIC)
   origin = {"source": source.path.name, "dialect": source.dialect, "versions": versions()}

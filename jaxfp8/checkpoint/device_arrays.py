@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class _Shard:
   sources: the part of `Leaf.sources` for this shard.
   """
 
-  devices: list[jax.Device | None]
+  devices: list[Any]
   shape: tuple[int, ...]
   sources: np.ndarray
   host: np.ndarray | None = None
@@ -102,7 +102,7 @@ class _Target:
     whole = tuple(slice(0, size) for size in self.shape)
     indices = self.sharding.addressable_devices_indices_map(self.shape) if self.sharding else {None: whole}
     for device, index in indices.items():
-      bounds = tuple(s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True))
+      bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), self.shape, strict=True))
       if bounds not in self.shards:
         self.shards[bounds] = _Shard([], tuple(stop - start for start, stop in bounds), self._sources(bounds))
       self.shards[bounds].devices.append(device)
@@ -128,9 +128,12 @@ class _Target:
   def write(self, shard: _Shard, start: int, stop: int, arrays: "_Arrays") -> None:
     """Builds steps start .. stop - 1 of a shard."""
     whole = stop - start == self.length
-    if self.on_host and shard.host is None:
-      shard.host = _aligned(shard.shape, self.leaf.target.dtype)
-    piece = shard.host[start:stop] if self.on_host else np.empty((stop - start, *shard.shape[1:]), self.leaf.target.dtype)
+    dtype = self.leaf.target.dtype
+    if self.on_host:
+      shard.host = _aligned(shard.shape, dtype) if shard.host is None else shard.host
+      piece = shard.host[start:stop]
+    else:
+      piece = np.empty((stop - start, *shard.shape[1:]), dtype)
     runs = self.runs(shard, start, stop)
     for step in range(start, stop) if self.leaf.is_stacked else (0,):
       self._copy(piece[step - start] if self.leaf.is_stacked else piece, self.leaf.keys[step], runs, arrays)
@@ -270,7 +273,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device | None) -> jax.Array:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
+  """Zeros on a jax.Device, or on the default device for None."""
   with jax.default_device(device):
     array = jnp.zeros(shape, dtype)
   return array if device is None else jax.device_put(array, device)

@@ -64,7 +64,7 @@ def export_checkpoint(
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
   """config.json of a LlamaForCausalLM, with the names for RoPE of transformers 4, which transformers 5 reads too."""
   rope = config.rope
-  scaling = None if rope.type == "default" else {"rope_type": rope.type, "factor": rope.factor}
+  scaling: dict[str, Any] = {} if rope.type == "default" else {"rope_type": rope.type, "factor": rope.factor}
   if rope.type == "llama3":
     scaling |= {
       "low_freq_factor": rope.low_freq_factor,
@@ -84,7 +84,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     "max_position_embeddings": config.max_context,
     "rms_norm_eps": config.rms_norm_eps,
     "rope_theta": rope.theta,
-    "rope_scaling": scaling,
+    "rope_scaling": scaling or None,
     "tie_word_embeddings": config.tied_embeddings,
     "hidden_act": "silu",
     "attention_bias": False,

@@ -10,6 +10,7 @@ describes the arrays of a checkpoint. Numpy only, no I/O: device_arrays.py reads
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -203,8 +204,9 @@ def unmerge_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
   for name, norm in NORMS.items():
     arrays[weight_key(layer, norm, "D")] = np.asarray(getattr(segment, name).weight.get_value()[layer - start])
   for merged, matrices in MERGED_MATRICES.items():
-    value = jax.tree.map(lambda leaf: np.asarray(leaf[layer - start]), merged_linear(segment, merged).weight.get_value())
-    quantized = getattr(layer_format, merged) == "fp8"
+    weight = merged_linear(segment, merged).weight.get_value()
+    value: Any = jax.tree.map(lambda leaf: np.asarray(leaf[layer - start]), weight)
+    quantized = getattr(layer_format, merged) == Precision.FP8
     weights = _unmerge(model.config, merged, value.qvalue if quantized else value)
     scales = _unmerge_scales(model, merged, value) if quantized else [None] * len(weights)
     for (matrix, letters), weight, scale in zip(matrices.items(), weights, scales, strict=True):
@@ -215,10 +217,11 @@ def unmerge_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
 
 
 def _unmerge_scales(model: Llama, merged: str, value: QArray) -> list[np.ndarray]:
-  if model.recipe.granularity != "block128":
-    return _unmerge(model.config, merged, value.scale)
+  scales = _unmerge(model.config, merged, np.asarray(value.scale))
+  if model.recipe.granularity != Granularity.BLOCK128:
+    return scales
   step = BLOCK // math.gcd(BLOCK, value.qvalue.shape[-2])
-  return [scale[::step] for scale in _unmerge(model.config, merged, value.scale)]
+  return [scale[::step] for scale in scales]
 
 
 def _unmerge(c: LlamaConfig, merged: str, array: np.ndarray) -> list[np.ndarray]:

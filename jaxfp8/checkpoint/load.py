@@ -105,7 +105,7 @@ def load_into(
 def abstract_model(
   config: LlamaConfig,
   recipe: Recipe,
-  formats: Sequence[LayerFormat] | None,
+  formats: tuple[LayerFormat, ...] | None,
   mesh: Mesh | None = None,
   implementation: str = "auto",
 ) -> Llama:

@@ -46,7 +46,9 @@ def _rows(model: Llama) -> dict[tuple[int, str], list[list[str]]]:
 
 
 def _param(segment: DecoderLayer, name: str) -> nnx.Param:
-  return merged_linear(segment, name).input_scale if name in LINEARS else getattr(segment.attention, name)
+  """The scale of one of LINEARS or KV, in a segment that has it."""
+  owner, attribute = (merged_linear(segment, name), "input_scale") if name in LINEARS else (segment.attention, name)
+  return getattr(owner, attribute)
 
 
 def input_keys(layer: int, merged: str) -> list[str]:

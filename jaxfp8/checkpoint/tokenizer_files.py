@@ -1,11 +1,11 @@
-"""What a checkpoint carries about text: one record, written by readers, stored by checkpoints, used by the tokenizer."""
+"""The record of a checkpoint's tokenizer: readers make it, checkpoints store it, `Tokenizer` uses it."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-  """A tokenizer in the `tokenizer.json` format of Hugging Face tokenizers, and what stands beside it.
+  """A tokenizer in the `tokenizer.json` format of Hugging Face tokenizers, with its chat template and special tokens.
 
   tokenizer_json: the file's text.
   chat_template: a Jinja template over `messages`, or None for a model without one.

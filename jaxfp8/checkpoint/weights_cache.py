@@ -162,7 +162,7 @@ def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
   try:
     stat = path.stat()
   except OSError as error:
-    raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno)}. Fetch the checkpoint again.") from error
+    raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno or 0)}. Fetch the checkpoint again.") from error
   return stat.st_size, stat.st_mtime_ns
 
 
@@ -173,7 +173,7 @@ def _hash_files(files: list[pathlib.Path]) -> str:
       with open(path, "rb") as file:
         total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     except OSError as error:
-      raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno)}. Fetch the checkpoint again.") from error
+      raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno or 0)}. Fetch the checkpoint again.") from error
   return total.hexdigest()
 
 
@@ -191,6 +191,7 @@ def _write_index(path: pathlib.Path, digests: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(digests, indent=1).encode())
   except OSError as error:
+    reason = os.strerror(error.errno or 0)
     raise InputError(
-      f'cache: cannot write {path.parent}: {os.strerror(error.errno)}. Pass another --cache_dir, or --cache_dir="" for none.'
+      f'cache: cannot write {path.parent}: {reason}. Pass another --cache_dir, or --cache_dir="" for none.'
     ) from error

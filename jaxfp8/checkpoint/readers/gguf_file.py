@@ -42,7 +42,7 @@ _IN_LAYER = {
 
 
 class GgufSource(Source):
-  """An opened GGUF file. Raises InputError from the constructor when it is not a Llama that jaxfp8 reads."""
+  """An opened GGUF file. The constructor raises InputError for a file that is no Llama that jaxfp8 reads."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -63,9 +63,9 @@ class GgufSource(Source):
       return _NATIVE[kind]
     if kind in _QUANTIZED:
       return np.dtype(np.float32)
-    known = ", ".join(k.name for k in (*_NATIVE, *_QUANTIZED))
+    types = ", ".join(k.name for k in (*_NATIVE, *_QUANTIZED))
     raise InputError(
-      f"readers: GGUF types must be one of {known}; {self._tensors[name].name} in {self.path} is {kind.name}. "
+      f"readers: GGUF types must be one of {types}; {self._tensors[name].name} in {self.path} is {kind.name}. "
       "Pass another quantization of this model."
     )
 
@@ -73,9 +73,9 @@ class GgufSource(Source):
     return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
-    # Pages of tensors read before would stay resident until the whole file is in memory; who still looks at them reads again.
+    # Pages of earlier tensors would stay resident until the whole file is in memory; a page that is used again is read again.
     with contextlib.suppress(AttributeError, ValueError, OSError):
-      self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+      getattr(self._reader.data, "_mmap").madvise(mmap.MADV_DONTNEED)  # noqa: B009 - numpy does not declare it
     tensor = self._tensors[name]
     if tensor.tensor_type in _NATIVE:
       array = tensor.data.view(self.dtype(name))
@@ -110,7 +110,7 @@ def _config(reader: gguf.GGUFReader, metadata: Mapping[str, Any]) -> LlamaConfig
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-  """Undoes llama.cpp's reordering of q and k rows, which puts the two halves of each RoPE pair side by side."""
+  """Undoes the order that llama.cpp gives q and k rows, in which the two halves of each RoPE pair stand side by side."""
   out, inside = weight.shape
   return weight.reshape(num_heads, out // num_heads // 2, 2, inside).swapaxes(1, 2).reshape(out, inside)
 
@@ -140,7 +140,7 @@ class _Reader(gguf.GGUFReader):
 
 
 def _open(path: pathlib.Path) -> gguf.GGUFReader:
-  """Raises InputError for what is not a whole GGUF file."""
+  """Raises InputError for a file that is no whole GGUF file."""
   try:
     reader = _Reader(path)
   except (OSError, ValueError, LookupError, TypeError, OverflowError, MemoryError, RecursionError) as error:
@@ -207,7 +207,7 @@ def _refuse_what_is_no_llama(metadata: Mapping[str, Any]) -> None:
 
 
 def _uniform(value: Any, name: str) -> int:
-  """GGUF allows one value per layer; jaxfp8 computes models whose layers are alike."""
+  """The value of all layers. GGUF allows one per layer; raises InputError unless they are equal."""
   if isinstance(value, int):
     return value
   if len(set(value)) != 1:
@@ -228,7 +228,7 @@ def _rope_from_gguf(metadata: Mapping[str, Any], head_dim: int, rope_factors: np
 
 
 def _match_llama3(theta: float, head_dim: int, rope_factors: np.ndarray) -> RopeConfig:
-  """GGUF keeps llama3's scaling only as divisors of each frequency: find the published parameters that give them."""
+  """The published llama3 scaling that gives these factors: GGUF stores only the divisor of each frequency."""
   if rope_factors.shape != (head_dim // 2,):  # before anything as long as head_dim is made
     raise refuse_model(f"rope_freqs.weight for heads of {head_dim}, of shape", rope_factors.shape)
   plain = RopeConfig(theta=theta).inverse_frequencies(head_dim)

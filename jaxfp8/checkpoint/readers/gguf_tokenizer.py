@@ -3,8 +3,8 @@
     tokenizer.ggml.model "gpt2"   byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging
     tokenizer.ggml.model "llama"  SentencePiece BPE with byte fallback; merges follow from the scores
 
-A model or a `pre` that is not in the tables below is refused: cut otherwise, text gets other ids and the answers quietly
-get worse. The cuts are those of llama.cpp's src/llama-vocab.cpp and of the tokenizer.json that each name was made from.
+A model or a `pre` that is not in the tables below is refused: with other cuts, text gets other ids and the answers silently
+get worse. The cuts are those of llama.cpp's src/llama-vocab.cpp and of the tokenizer.json from which each name was made.
 """
 
 import json
@@ -21,10 +21,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = r"\p{N}"
-# What llama.cpp does with a file that names no cut, or "default".
+# The cuts of llama.cpp for a file that names none, or "default".
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
-# Each cut splits the pieces of the one before it; what matches and what stands between are both pieces.
+# Each cut splits the pieces of the cut before it, into its matches and the text between them.
 _CUTS = {
   "default": _DEFAULT,
   "gpt-2": (_GPT2,),
@@ -42,7 +42,7 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # whole words of the vocabu
 
 
 def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> TokenizerFiles:
-  """From GGUF metadata. Raises InputError, naming `path`, for no tokenizer and for one that is not understood."""
+  """From GGUF metadata. Raises InputError, naming `path`, for an absent or unsupported tokenizer."""
   model = metadata.get("tokenizer.ggml.model")
   if model is None or not metadata.get("tokenizer.ggml.tokens"):
     raise InputError(f"readers: text needs a tokenizer, and {path} holds none. Convert the model with its tokenizer.")
@@ -71,15 +71,15 @@ def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> Tokenize
   )
 
 
-def _unknown(what: str, value: Any, known: Sequence[str]) -> InputError:
+def _unknown(key: str, value: Any, supported: Sequence[str]) -> InputError:
   return InputError(
-    f"readers: tokenizer.ggml.{what} must be one of {', '.join(known)}; got {value!r}. "
+    f"readers: tokenizer.ggml.{key} must be one of {', '.join(supported)}; got {value!r}. "
     "Pass the model as a Hugging Face folder with its tokenizer.json."
   )
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-  """GPT-2's BPE over bytes written as letters; also whether BOS is added where the metadata does not say."""
+  """(document, default of add_bos) of GPT-2's BPE over bytes written as letters."""
   pre = metadata.get("tokenizer.ggml.pre", "default")
   if pre not in _CUTS:
     raise _unknown("pre", pre, tuple(_CUTS))
@@ -136,13 +136,13 @@ def merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequ
   Every way to cut a piece in two pieces is a merge; equal scores go by length and by id, as in Hugging Face's converter.
   """
   pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
-  found = []
+  merges = []
   for piece, i in pieces.items():
     for cut in range(1, len(piece)):
       left, right = piece[:cut], piece[cut:]
       if left in pieces and right in pieces:
-        found.append((-scores[i], i, pieces[left], pieces[right], left, right))
-  return [[left, right] for *_, left, right in sorted(found)]
+        merges.append((-scores[i], i, pieces[left], pieces[right], left, right))
+  return [[left, right] for *_, left, right in sorted(merges)]
 
 
 def _vocab(tokens: Sequence[str]) -> dict[str, int]:

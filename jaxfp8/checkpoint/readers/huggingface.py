@@ -71,7 +71,9 @@ class HuggingFaceSource(Source):
     return tuple(expected_tensors(self.config))
 
   def dtype(self, name: str) -> np.dtype:
-    return self._headers[name].dtype
+    dtype = self._headers[name].dtype
+    assert isinstance(dtype, np.dtype), "check_tensors has refused every other"
+    return dtype
 
   def shape(self, name: str) -> tuple[int, ...]:
     return self._headers[name].shape

@@ -1,7 +1,7 @@
 """One safetensors file: names, dtypes and shapes from its header, tensors by `pread`.
 
-The library validates the header when the file is opened. Reading is ours for two reasons: its numpy side knows no float8, and
-it maps the file, whose pages would stay resident until a 70 GB conversion has all of them in memory.
+The library validates the header when the file is opened. It does not read the tensors: its numpy side has no float8, and it
+maps the file, whose pages would stay resident until a 70 GB conversion has all of them in memory.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What a file says of one tensor. `dtype` stays safetensors' own name (`I8`) where numpy's is not needed here."""
+  """The header of one tensor. `dtype` is safetensors' own name (`I8`) for dtypes that are never read; start, stop: bytes."""
 
   path: pathlib.Path
   dtype: np.dtype | str
@@ -39,7 +39,7 @@ class Header:
 
 
 def read_headers(path: pathlib.Path) -> dict[str, Header]:
-  """Raises InputError for what is not a whole safetensors file."""
+  """The header of every tensor. Raises InputError for a file that is no whole safetensors file."""
   try:
     with safetensors.safe_open(path, framework="np"):  # compares header and size
       pass
@@ -63,7 +63,7 @@ def read_headers(path: pathlib.Path) -> dict[str, Header]:
 
 
 def read_tensor(name: str, header: Header) -> np.ndarray:
-  """A writable array of its own. Raises InputError when the file has become shorter or cannot be read."""
+  """A new, writable array. Raises InputError if the file has become shorter or cannot be read."""
   data = bytearray(header.stop - header.start)
   try:
     with open(header.path, "rb", buffering=0) as file:

@@ -1,7 +1,7 @@
-"""What every checkpoint reader offers: one `Source`, in Hugging Face's names and layouts, one tensor at a time.
+"""`Source`, the interface of every checkpoint reader: tensors in Hugging Face's names and layouts, one at a time.
 
-It refuses to know jax, quantization and the program's layouts: it hands out what the file holds, as numpy.
-Everything that can be checked without reading a weight is checked when the source is opened; what `read` returns is finite.
+Opening a source checks everything that can be checked without reading a weight; the arrays that `read` returns are finite.
+Refuses to know jax, quantization and the layouts of models: it returns the content of the file, as numpy.
 """
 
 import abc
@@ -20,7 +20,7 @@ from jaxfp8.recipe import BLOCK
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 HEAD = "lm_head.weight"
-_CHUNK_BYTES = 64 << 20  # of weights looked at per pass for NaN and Inf, so that the temporaries stay small
+_CHUNK_BYTES = 64 << 20  # weights that one search for NaN and Inf covers, so that the temporaries stay small
 
 
 class Source(abc.ABC):
@@ -32,8 +32,8 @@ class Source(abc.ABC):
 
   path: pathlib.Path
   config: LlamaConfig
-  dialect: str = "plain"  # whose float8 it holds, for people
-  notes: tuple[str, ...] = ()  # where config and tensors disagree
+  dialect: str = "plain"  # the float8 dialect, for messages
+  notes: tuple[str, ...] = ()  # sentences about disagreements of config and tensors
 
   @abc.abstractmethod
   def names(self) -> tuple[str, ...]:
@@ -41,17 +41,17 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def dtype(self, name: str) -> np.dtype:
-    """What `read` will return: float32, float16, bfloat16, or float8_e4m3fn for a weight that has a scale."""
+    """The dtype of the array that `read` returns: float32, float16, bfloat16, or float8_e4m3fn for a weight with a scale."""
 
   @abc.abstractmethod
   def shape(self, name: str) -> tuple[int, ...]: ...
 
   @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
-    """One tensor, perhaps a read-only view of the file. Raises InputError, naming the tensor, on NaN and Inf."""
+    """One tensor, perhaps a read-only view of the file. Raises InputError, naming the tensor, for NaN and Inf."""
 
   def granularity(self, name: str) -> str | None:
-    """What one scale of a float8 weight covers: "tensor", "channel" or "block128"; None for a plain weight."""
+    """The weights that share one float8 scale: "tensor", "channel" or "block128"; None for a weight that is not float8."""
     return None
 
   def read_scale(self, name: str) -> np.ndarray:
@@ -59,7 +59,7 @@ class Source(abc.ABC):
     raise KeyError(name)
 
   def static_scales(self) -> tuple[str, ...]:
-    """Names of the static scales that are there: MODULE.input_scale, and k_scale and v_scale behind `self_attn.`."""
+    """Names of the static scales: MODULE.input_scale, and MODULE.k_scale and v_scale of `self_attn` modules."""
     return ()
 
   def read_static(self, name: str) -> np.ndarray:
@@ -88,7 +88,7 @@ def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
   """Name and shape of each tensor of a Llama, in the order of the computation."""
   D, F, H = config.d_model, config.d_ff, config.head_dim
   heads, kv_heads = config.num_heads * H, config.num_kv_heads * H
-  shapes = {"model.embed_tokens.weight": (config.vocab_size, D)}
+  shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
   for layer in range(config.num_layers):
     prefix = f"model.layers.{layer}."
     shapes |= {
@@ -117,10 +117,11 @@ def check_tensors(
 ) -> None:
   """Raises InputError unless `shapes` are exactly the tensors of `config`, in dtypes that jaxfp8 reads.
 
-  A head beside tied embeddings is allowed and not used. `dtypes` holds the file's own name where it is not one of `DTYPES`.
-  `quantized`: weights that may be float8.
+  A head beside tied embeddings is allowed and ignored.
+
+  dtypes: by tensor; the file's own name for a dtype that is not one of `DTYPES`. quantized: weights that may be float8.
   """
-  if config.num_layers > len(shapes):  # said here, since a damaged config may ask for a billion
+  if config.num_layers > len(shapes):  # before a list as long as num_layers is made: a damaged config may say a billion
     raise InputError(
       f"readers: the config says num_layers={config.num_layers}, and {path} holds {len(shapes)} tensors. "
       "Use the config that belongs to these weights."
@@ -196,7 +197,7 @@ def some_of(names: Collection[str]) -> str:
 
 
 def read_text(path: pathlib.Path) -> str:
-  """Links are followed, since download caches are made of them, but only to files: a device has no end."""
+  """The text of a file, or of the file that a link leads to. Raises InputError for anything else, such as a device."""
   if path.exists() and not path.is_file():
     raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
