@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+import jax.core
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np

@@ -36,7 +36,7 @@ class Target:
   kind: str | None = None
 
   @classmethod
-  def of(cls, device: jax.Device) -> "Target":
+  def of(cls, device: Any) -> "Target":
     """The target that compiles for `device` (a real one or one of a deviceless topology)."""
     if device.platform == "cpu":
       return cls("cpu")

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -129,7 +130,7 @@ def _wgmma(*, token, mesh_location, thread, acc, a, b, in_registers, source_info
   memory = gpu_callbacks._get_shared_memory()
   logging_info = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
 
-  def content(ref):
+  def content(ref) -> tuple[Any, Any, Any]:
     key = gpu_callbacks.HostAllocationKey.from_array(ref[0])
     access = memory.access(key, _plain(ref[1]))
     value, _, _ = memory.get_buffer_content(key, access, thread, logging_info=logging_info)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch
 
@@ -24,7 +25,7 @@ class PartialSums(NamedTuple):
   w_scale: jax.Array | None = None
   x_scale: jax.Array | None = None
 
-  def finish(self, dtype: jnp.dtype) -> jax.Array:
+  def finish(self, dtype: DTypeLike) -> jax.Array:
     """y [T, F] in `dtype`."""
     y = self.splits_STF[0] if self.splits_STF.shape[0] == 1 else jnp.sum(self.splits_STF, axis=0)
     if self.w_scale is not None:
@@ -34,7 +35,7 @@ class PartialSums(NamedTuple):
     return y.astype(dtype)
 
 
-def fp8_matmul(*args, out_dtype: jnp.dtype = jnp.bfloat16, **kwargs) -> jax.Array:
+def fp8_matmul(*args, out_dtype: DTypeLike = jnp.bfloat16, **kwargs) -> jax.Array:
   """(x * x_scale) @ (w * w_scale)^T, [T, F], accumulated in float32. Arguments and errors are those of `fp8_matmul_sums`."""
   return fp8_matmul_sums(*args, out_dtype=out_dtype, **kwargs).finish(out_dtype)
 
@@ -45,7 +46,7 @@ def fp8_matmul_sums(
   w_scale: jax.Array | None = None,
   x_scale: jax.Array | None = None,
   *,
-  out_dtype: jnp.dtype = jnp.bfloat16,
+  out_dtype: DTypeLike = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> PartialSums:

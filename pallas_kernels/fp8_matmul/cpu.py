@@ -14,6 +14,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.float8_bytes import to_bytes
 from pallas_kernels.fp8_matmul import api
@@ -38,12 +39,12 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target=None):
   return y.astype(out_dtype)
 
 
-def widen(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def widen(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """float8_e4m3fn (or its bytes) -> bf16 or f32, exact for every finite value."""
   return (_shrunk(x, jnp.float32) * _SHRINK).astype(dtype)
 
 
-def _shrunk(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _shrunk(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """float8 (or its bytes) / 256 as bf16 or f32, exact: e4m3's seven lower bits in float16's places, subnormals included."""
   bits = jax.lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int16)
   half = jax.lax.bitcast_convert_type((bits << 7) & jnp.int16(-0x4001), jnp.float16)

@@ -18,11 +18,12 @@ loses bits, as it would in the float32 sum); bf16 x bf16. What else there is (fl
 
 Padding: tokens to a multiple of 8, a copy of x only. Weights are never copied: where tiles do not divide F or T, TMA fills what
 lies outside with zeros and drops what is stored there. D must be a multiple of 64 and F of 8.
+Comments `mutant: ...` mark lines that tests break on purpose, to show that a broken line does not pass (gpu_mutants.py).
 A row's bits depend on the regime (skinny or wide), the shapes of w and the device, not on the number of tokens.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -39,6 +40,10 @@ from pallas_kernels.register_layouts import row_layout
 
 _WIDENED = 64  # columns widened at once, which bounds registers
 _LAYOUT = plgpu.Layout.WGMMA
+
+# Typed as Any, since JAX declares both classes abstract.
+_TILING: Any = plgpu.TilingTransform
+_SWIZZLE: Any = plgpu.SwizzleTransform
 
 
 class _Operands(NamedTuple):
@@ -76,7 +81,7 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> ja
     operands = operands._replace(x_scale=_per(T, tiling.tokens, x_scale) if x_scale.ndim else x_scale[None])
   y = _skinny(operands, form, tiling, out_type, cost)
   record("fp8_matmul", cost)
-  return y[0, :T, :F] if is_whole else api.PartialSums(y[:, :T, :F], channel_scale, x_scale)
+  return y[0, :T, :F] if is_whole else api.PartialSums(y[:, :T, :F], channel_scale, x_scale)  # mutant: splits
 
 
 def power_of_two_scale(x):
@@ -88,7 +93,7 @@ def power_of_two_scale(x):
 def shift_of(amax):
   """The exponent of two, int32, that brings float32 `amax` near 2^14, so that what is below fits float16."""
   exponent = (lax.bitcast_convert_type(amax, jnp.int32) >> 23) - 127
-  return jnp.clip(14 - exponent, -126, 126)
+  return jnp.clip(14 - exponent, -126, 126)  # mutant: power of two
 
 
 def power_of_two(exponent):
@@ -106,7 +111,7 @@ def _per(size, tile, scale):
 def transforms(dtype, columns, max_swizzle=128):
   """Tiling and swizzle that TMA writes and wgmma reads for rows of `columns` elements."""
   swizzle = min(plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8), max_swizzle)
-  return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+  return _TILING((8, swizzle // jnp.dtype(dtype).itemsize)), _SWIZZLE(swizzle)
 
 
 def _specs(form: Form, tiling: Tiling, row_tile, token_tile, first_step):
@@ -121,7 +126,7 @@ def _specs(form: Form, tiling: Tiling, row_tile, token_tile, first_step):
     ),
     plgpu.BlockSpec(
       (tiling.rows, tiling.depth),
-      lambda k: (row_tile, first_step + k),
+      lambda k: (row_tile, first_step + k),  # mutant: first column of a split
       transforms=transforms(form.w_dtype, tiling.depth, w_swizzle),
       memory_space=plgpu.SMEM,
     ),
@@ -139,7 +144,8 @@ def _product(w_smem, x_smem, form: Form):
         w = plgpu.load(w_smem.at[:, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X)
         w = plgpu.layout_cast(w.astype(form.x_dtype), _LAYOUT)
         plgpu.wgmma(acc, w, x_smem.at[:, columns].transpose((1, 0)))
-      plgpu.commit_smem()  # these reads come before TMA's next write to the stage
+      # These reads come before TMA's next write to the stage.
+      plgpu.commit_smem()  # mutant: fence of a stage
     else:
       plgpu.wgmma(acc, w_smem, x_smem.transpose((1, 0)))
     return acc[...]  # waits
@@ -147,7 +153,7 @@ def _product(w_smem, x_smem, form: Form):
   return pl.run_scoped(multiply, plgpu.ACC((w_smem.shape[0], x_smem.shape[0]), jnp.float32))
 
 
-def _step(form: Form, tiling: Tiling, w_shape: tuple[int, int], scale_gmem, *, row_tile, first_step):
+def _step(form: Form, tiling: Tiling, w_shape: tuple[int, ...], scale_gmem, *, row_tile, first_step):
   """The pipeline's body: adds one stage's products to the float32 sum, times the block scales where there are any."""
   F, D = w_shape
   wg = lax.axis_index("wg")
@@ -156,16 +162,18 @@ def _step(form: Form, tiling: Tiling, w_shape: tuple[int, int], scale_gmem, *, r
   def block_scale(column):
     block_row = lax.div(row_tile * tiling.rows + wg * WG_ROWS, jnp.int32(form.block_rows))
     last = jnp.int32(F // form.block_rows - 1)  # the second warpgroup of the last tile may lie outside
-    return scale_gmem[jnp.minimum(block_row, last), lax.div(column, jnp.int32(api.BLOCK))]
+    block_row = jnp.minimum(block_row, last)  # mutant: row of the block
+    block_column = lax.div(column, jnp.int32(api.BLOCK))  # mutant: column of the block
+    return scale_gmem[block_row, block_column]
 
   def body(indices, x_smem, w_smem, total):
-    rows = w_smem if tiling.rows == WG_ROWS else w_smem.at[pl.ds(wg * WG_ROWS, WG_ROWS)]
+    rows = w_smem if tiling.rows == WG_ROWS else w_smem.at[pl.ds(wg * WG_ROWS, WG_ROWS)]  # mutant: rows of a warpgroup
     for start in range(0, tiling.depth, width):
       columns = pl.ds(start, width)
       product = _product(rows.at[:, columns], x_smem.at[:, columns], form)
       if form.block_rows:
-        product = product * block_scale((first_step + indices[0]) * tiling.depth + start)
-      total = total + product
+        product = product * block_scale((first_step + indices[0]) * tiling.depth + start)  # mutant: block scale
+      total = total + product  # mutant: sum
     return total
 
   return body
@@ -186,7 +194,7 @@ def _skinny(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.Shape
   steps = D // tiling.depth // tiling.splits
   transposed = row_layout(tiling.tokens)
 
-  def kernel(gmem: _Operands, out_gmem, *, tile_smem):
+  def kernel(gmem: Any, out_gmem, *, tile_smem):  # gmem: _Operands, of references
     row_tile, split = lax.axis_index("row"), lax.axis_index("split")
     first_step = split * steps
 
@@ -237,7 +245,7 @@ def _wide(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.ShapeDt
   row_tiles, token_tiles = -(-F // tiling.rows), -(-T // tiling.tokens)
   num_ctas = min(target.num_sms or HOPPER_SMS, row_tiles * token_tiles)
 
-  def kernel(gmem: _Operands, out_gmem, *, out_smem):
+  def kernel(gmem: Any, out_gmem, *, out_smem):  # gmem: _Operands, of references
     wg = lax.axis_index("wg")
 
     def pipeline_at(row_tile, token_tile, step, compute):
@@ -267,10 +275,11 @@ def _wide(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.ShapeDt
           w_scale = plgpu.load(gmem.w_scale.at[pl.ds(row, WG_ROWS)], layout=_LAYOUT.reduce(1), optimized=False)
           x_scale = plgpu.load(gmem.x_scale.at[pl.ds(token, tiling.tokens)], layout=_LAYOUT.reduce(0), optimized=False)
           total = total * lax.broadcast_in_dim(w_scale, total.shape, [0]) * lax.broadcast_in_dim(x_scale, total.shape, [1])
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile has left
+          # The last tile has left.
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # mutant: wait for a tile
           transposed = plgpu.layout_cast(total.astype(out_dtype), plgpu.Layout.WGMMA_TRANSPOSED)
           out_smem.at[wg].transpose((1, 0))[...] = transposed
-          plgpu.commit_smem()
+          plgpu.commit_smem()  # mutant: fence of a tile
           plgpu.copy_smem_to_gmem(out_smem.at[wg], out_gmem.at[pl.ds(token, tiling.tokens), pl.ds(row, WG_ROWS)])
 
         step = _step(form, tiling, operands.w.shape, gmem.block_scale, row_tile=row_tile, first_step=0)

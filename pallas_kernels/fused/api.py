@@ -11,6 +11,7 @@ others the plain array: linears take both. Letters as in paged_attention; D mode
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import debug, dispatch
 from pallas_kernels.float8 import Quantized
@@ -61,7 +62,7 @@ def rope_write(
   *,
   first_page: jax.Array | int = 0,
   static_scales: tuple[jax.Array, jax.Array] | None = None,
-  dtype: jnp.dtype = jnp.bfloat16,
+  dtype: DTypeLike = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -102,7 +103,7 @@ def silu_multiply(
   *,
   quantize: bool = False,
   static_scale: jax.Array | None = None,
-  dtype: jnp.dtype = jnp.bfloat16,
+  dtype: DTypeLike = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> jax.Array | Quantized:

@@ -36,7 +36,8 @@ class NormCase(Case):
 
   def cost(self, target: Target) -> tuple[int, int]:
     outputs = jax.ShapeDtypeStruct((self.T, self.D), BF16), *_quantized(self.T, self.D)
-    return _bytes_and_flops(cost.residual_norm(*self.arguments(), outputs))
+    x, y, weight = self.arguments()
+    return _bytes_and_flops(cost.residual_norm(x, y, weight, outputs))
 
   @property
   def rounds(self) -> bool:

@@ -11,18 +11,20 @@ Sizes: D and F multiples of 128; heads of 64 or 128.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import jax.ref
 from jax import lax
 
 from pallas_kernels import costs
 from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
 from pallas_kernels.fp8_matmul.api import PartialSums
 from pallas_kernels.fused import cost as costs_of
+from pallas_kernels.fused.operands import Activations, NormOperands, NormOutputs, Pools, RopeOperands, SiluOperands
 from pallas_kernels.paged_attention.reference import query_places
 from pallas_kernels.paged_attention.tiling import HEAD_SIZES
 from pallas_kernels.register_layouts import flat_layout, row_layout
@@ -30,38 +32,18 @@ from pallas_kernels.register_layouts import flat_layout, row_layout
 _MOST_A_THREAD = 32  # elements of one array that a thread loads at once
 
 
-class _Activations(NamedTuple):
-  """A kernel's outputs that the next linear reads: [T, width], and for float8 without a static scale one scale a token."""
-
-  values: Any
-  scale: Any = None
-
-
-class _NormOperands(NamedTuple):
-  x: jax.Array  # [T, D]
-  y: jax.Array
-  weight: jax.Array  # [D]
-  static_scale: jax.Array | None  # [1]
-
-
-class _NormOutputs(NamedTuple):
-  x: Any  # [T, D]
-  normed: _Activations
-
-
 def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) -> tuple[jax.Array, jax.Array | Quantized]:
   T, D = x_TD.shape
   _require_bf16("residual_norm", x_TD.dtype)
   row = _Row("residual_norm", D)
 
-  def kernel(gmem: _NormOperands, out: _NormOutputs, *, meeting_smem, meeting_barrier):
+  def kernel(gmem: NormOperands, out: NormOutputs, *, meeting_smem, meeting_barrier):
     meet = row.meeting(meeting_smem, meeting_barrier)
     token = lax.axis_index("token")
     x, y = row.load(gmem.x.at[token]), row.load(gmem.y.at[token])
     weight = row.load(gmem.weight)
-    x = [
-      (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(x_TD.dtype) for a, b in zip(x, y, strict=True)
-    ]  # mutant: residual
+    added = (a.astype(jnp.float32) + b.astype(jnp.float32) for a, b in zip(x, y, strict=True))  # mutant: residual
+    x = [a.astype(x_TD.dtype) for a in added]
     wide = [a.astype(jnp.float32) for a in x]
     total = meet(functools.reduce(jnp.add, (jnp.sum(a * a) for a in wide)), jnp.add)
     factor = lax.rsqrt(total * (1 / D) + eps)
@@ -71,7 +53,7 @@ def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) 
 
   static = _static(quantize, static_scale)
   activations = _activation_types(T, D, x_TD.dtype, quantize=quantize, is_static=static is not None)
-  out_type = _NormOutputs(jax.ShapeDtypeStruct((T, D), x_TD.dtype), activations)
+  out_type = NormOutputs(jax.ShapeDtypeStruct((T, D), x_TD.dtype), activations)
   cost = costs_of.residual_norm(x_TD, y_TD, weight_D, jax.tree.leaves(out_type))
   (out,) = plgpu.kernel(
     kernel,
@@ -80,14 +62,9 @@ def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) 
     grid_names=("token",),
     cost_estimate=cost.estimate(),
     **row.threads(),
-  )(_NormOperands(x_TD, y_TD, weight_D, static))
+  )(NormOperands(x_TD, y_TD, weight_D, static))
   costs.record("residual_norm", cost)
   return out.x, _activations(out.normed, quantize, static_scale)
-
-
-class _SiluOperands(NamedTuple):
-  sums: PartialSums  # [S, T, 2, F], w_scale [2, F], x_scale [T] or [1]
-  static_scale: jax.Array | None  # [1]
 
 
 def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target) -> jax.Array | Quantized:
@@ -97,7 +74,7 @@ def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target
   row = _Row("silu_multiply", F)
   token_scales = _has_token_scales(gate_up)
 
-  def kernel(gmem: _SiluOperands, out: _Activations, *, meeting_smem, meeting_barrier):
+  def kernel(gmem: SiluOperands, out: Activations, *, meeting_smem, meeting_barrier):
     meet = row.meeting(meeting_smem, meeting_barrier)
     token = lax.axis_index("token")
 
@@ -121,36 +98,9 @@ def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target
     grid_names=("token",),
     cost_estimate=cost.estimate(),
     **row.threads(),
-  )(_SiluOperands(sums, static))
+  )(SiluOperands(sums, static))
   costs.record("silu_multiply", cost)
   return _activations(activations, quantize, static_scale)
-
-
-class _Pools(NamedTuple):
-  """The pools of pages: references that the kernel writes in place."""
-
-  k: Any  # [P, K, C, H]
-  v: Any  # [P, K, H, C]
-  k_scale: Any = None  # float8 pages: [P, K, C]
-  v_scale: Any = None
-
-
-class _RopeOperands(NamedTuple):
-  splits: jax.Array  # [S, T, K * (G + 2), 2, H / 2]
-  cos: jax.Array  # [T, H / 2]
-  sin: jax.Array
-  table: jax.Array  # [B, M]
-  first_page: jax.Array  # [1]
-  sequences: jax.Array | None  # prefill: [T]; in decode token b is that of sequence b
-  positions: jax.Array  # prefill: [T], -1 for padding; decode: lengths [B]
-  w_scale: jax.Array | None  # [K * (G + 2), 2, H / 2]
-  x_scale: jax.Array | None  # [T] or [1]
-  static_scales: tuple[jax.Array, jax.Array] | None  # [K] of keys and of values
-  pools: _Pools
-
-  @property
-  def sums(self) -> PartialSums:
-    return PartialSums(self.splits, self.w_scale, self.x_scale)
 
 
 def rope_write(
@@ -168,7 +118,7 @@ def rope_write(
   # In decode token b is the last one of sequence b, and nothing is to be computed ahead.
   sequences, positions = (None, lengths_B) if decode else query_places(query_starts, lengths_B, T)
 
-  def kernel(gmem: _RopeOperands, q_out):
+  def kernel(gmem: Any, q_out):  # gmem: RopeOperands, of references
     token, head = lax.axis_index("token"), lax.axis_index("head")
 
     def load(first, count):
@@ -227,11 +177,11 @@ def rope_write(
           plgpu.store(scale_pool.at[page, head, token_of_page], scale, optimized=False)  # mutant: scale of pages
 
   w_scale, x_scale = _reshaped_scales(qkv, (K * rows, 2, half))
-  pools = _Pools(*(jax.new_ref(pool) for pool in pages))
+  pools = Pools(*(jax.new_ref(pool) for pool in pages))
   first = jnp.asarray(first_page, jnp.int32).reshape(1)
   splits = qkv.splits_STF.reshape(S, T, K * rows, 2, half)
   page_arrays = page_table_BM, first, sequences, positions
-  operands = _RopeOperands(splits, cos_TH, sin_TH, *page_arrays, w_scale, x_scale, static_scales, pools)
+  operands = RopeOperands(splits, cos_TH, sin_TH, *page_arrays, w_scale, x_scale, static_scales, pools)
   out_type = jax.ShapeDtypeStruct((T, K * G, H), dtype)
   cost = costs_of.rope_write(qkv, cos_TH, sin_TH, pages, out_type)
   q_TNH = plgpu.kernel(kernel, out_type=out_type, grid=(T, K), grid_names=("token", "head"), cost_estimate=cost.estimate())(
@@ -318,16 +268,16 @@ def _static(quantize: bool, static_scale) -> jax.Array | None:
   return static_scale.reshape(1) if quantize and static_scale is not None else None
 
 
-def _activation_types(T: int, width: int, dtype, *, quantize: bool, is_static: bool) -> _Activations:
+def _activation_types(T: int, width: int, dtype, *, quantize: bool, is_static: bool) -> Activations:
   values = jax.ShapeDtypeStruct((T, width), FLOAT8 if quantize else dtype)
-  return _Activations(values, jax.ShapeDtypeStruct((T,), jnp.float32) if quantize and not is_static else None)
+  return Activations(values, jax.ShapeDtypeStruct((T,), jnp.float32) if quantize and not is_static else None)
 
 
-def _activations(out: _Activations, quantize: bool, static_scale) -> jax.Array | Quantized:
+def _activations(out: Activations, quantize: bool, static_scale) -> jax.Array | Quantized:
   return Quantized(out.values, static_scale if out.scale is None else out.scale) if quantize else out.values
 
 
-def _store_activations(row: _Row, pieces, token, out: _Activations, static_gmem, *, meet: Callable):
+def _store_activations(row: _Row, pieces, token, out: Activations, static_gmem, *, meet: Callable):
   """Stores a row as it is, or in float8 with the static scale or one from the token's largest value."""
   if out.values.dtype == FLOAT8:
     wide = [piece.astype(jnp.float32) for piece in pieces]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.case import BF16, F32, FP8, I32, NUM_PAGES, Flight, TunableCase
 from pallas_kernels.dispatch import Target
+from pallas_kernels.float8 import Quantized
 from pallas_kernels.paged_attention import api, cost
 from pallas_kernels.paged_attention.tiling import Tiling, bytes_in_flight, choose_tiling, key_of
 
@@ -38,7 +39,7 @@ class AttentionCase(TunableCase):
     starts = None if self.T is None else ints((self.B + 1,))
     return q, k, v, ints((self.B, self.M)), starts, ints((self.B,)), scale, scale
 
-  def call(self, *arguments, target: Target, implementation: str = "sm90") -> jax.Array:
+  def call(self, *arguments, target: Target, implementation: str = "sm90") -> jax.Array | Quantized:
     *arrays, k_scale, v_scale = arguments
     options = {"implementation": implementation, "target": target}
     return api.paged_attention(*arrays, k_scale=k_scale, v_scale=v_scale, **options)
@@ -78,7 +79,7 @@ class AttentionCase(TunableCase):
   def _dtype(self) -> jnp.dtype:
     return FP8 if self.pages == "fp8" else BF16
 
-  def shapes(self) -> tuple:
+  def shapes(self) -> tuple[int, int, int, int, int, int, int, bool, Any]:
     """The arguments of `choose_tiling` and `key_of`: T, N, K, H, C, B, M, decode, dtype."""
     return self.T or self.B, self.N, self.K, self.H, self.C, self.B, self.M, self.T is None, self._dtype
 

@@ -11,7 +11,7 @@ Splits are loaded in runs, all loads of a run in flight at once; a run's maximum
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -49,7 +49,7 @@ def combine(values, log_sum, G: int, *, quantize: bool, dtype, static_scale=None
     return _combine_and_quantize(values, log_sum, G, dtype)
   rows = math.gcd(G, 4)
 
-  def kernel(gmem: _Operands, result_gmem):
+  def kernel(gmem: Any, result_gmem):  # gmem: _Operands, of references
     token, head = lax.axis_index("token"), lax.axis_index("head")
     heads, channels = pl.ds(lax.axis_index("rows") * rows, rows), pl.ds(lax.axis_index("channels") * 32, 32)
     joined = _join(gmem.values.at[token, head, :, heads, channels], gmem.log_sum.at[token, head, :, heads]).astype(dtype)
@@ -68,14 +68,16 @@ def combine(values, log_sum, G: int, *, quantize: bool, dtype, static_scale=None
     cost_estimate=cost.estimate(),
   )(_Operands(values, log_sum, static))
   record("combine", cost)
-  return result.reshape(T, K * G, H) if static is None else Quantized(result.reshape(T, -1), static_scale)
+  if static is None or static_scale is None:
+    return result.reshape(T, K * G, H)
+  return Quantized(result.reshape(T, -1), static_scale)
 
 
 def _combine_and_quantize(values, log_sum, G: int, dtype) -> Quantized:
   """Joins all heads of a token in one CTA, which knows the token's largest value."""
   T, K, _, _, H = values.shape
 
-  def kernel(gmem: _Operands, out: Quantized):
+  def kernel(gmem: Any, out: Any):  # gmem: _Operands, out: Quantized, of references
     token, heads = lax.axis_index("token"), pl.ds(0, G)
     joined = [_join(gmem.values.at[token, k, :, heads], gmem.log_sum.at[token, k, :, heads]).astype(dtype) for k in range(K)]
     joined = [x.astype(jnp.float32) for x in joined]
@@ -85,7 +87,8 @@ def _combine_and_quantize(values, log_sum, G: int, dtype) -> Quantized:
       plgpu.store(out.values.at[token, k], to_float8(x * (1 / scale)), optimized=False)
     out.scale[token] = scale
 
-  out_type = Quantized(jax.ShapeDtypeStruct((T, K, G, H), FLOAT8), jax.ShapeDtypeStruct((T,), jnp.float32))
+  shapes: Any = (jax.ShapeDtypeStruct((T, K, G, H), FLOAT8), jax.ShapeDtypeStruct((T,), jnp.float32))
+  out_type = Quantized(*shapes)
   cost = combine_cost(values, log_sum, out_type)
   (joined,) = plgpu.kernel(
     kernel,

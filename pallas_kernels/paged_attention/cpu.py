@@ -24,9 +24,9 @@ def paged_attention(
 ):
   page_table_BM = page_table_BM + first_page
   pages = (to_bytes(k_pages), to_bytes(v_pages), k_scale, v_scale)
-  run = _decode if query_starts is None else _prefill
-  args = (query_starts,) if query_starts is not None else ()
-  return run(q_TNH, pages, page_table_BM, *args, lengths_B).astype(q_TNH.dtype)
+  if query_starts is None:
+    return _decode(q_TNH, pages, page_table_BM, lengths_B).astype(q_TNH.dtype)
+  return _prefill(q_TNH, pages, page_table_BM, query_starts, lengths_B).astype(q_TNH.dtype)
 
 
 def _decode(q_TNH, pages, page_table_BM, lengths_B):

@@ -24,7 +24,7 @@ masked or not (0 * inf): so does plain attention.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -38,6 +38,7 @@ from pallas_kernels.float8 import Quantized
 from pallas_kernels.fp8_matmul.sm90 import power_of_two, shift_of, transforms
 from pallas_kernels.paged_attention.combine import combine
 from pallas_kernels.paged_attention.cost import call_cost
+from pallas_kernels.paged_attention.operands import Operands, Shared, Splits
 from pallas_kernels.paged_attention.tiling import HEAD_SIZES, PAGE_SIZES, ROWS, Tiling, choose_tiling, prefill_tiles, query_rows
 from pallas_kernels.register_layouts import row_layout
 
@@ -80,7 +81,7 @@ def paged_attention(
   q = jnp.pad(q, ((0, 0), (0, 0), (0, query_rows(tiling, N // K) - q.shape[2]), (0, 0)))
   first = jnp.asarray(first_page, jnp.int32).reshape(1)
   sequences = None if tiles is None else tiles.sequences
-  operands = _Operands(q, k_pages, v_pages, page_table_BM, first, lengths, limits, sequences, k_scale, v_scale)
+  operands = Operands(q, k_pages, v_pages, page_table_BM, first, lengths, limits, sequences, k_scale, v_scale)
   pools = (k_pages, v_pages) if k_scale is None else (k_pages, v_pages, k_scale, v_scale)
   out_type = _out_type(operands, tiling, q_TNH.dtype)
   # The estimate is for full sequences, whether or not somebody records what they hold.
@@ -114,61 +115,23 @@ def _check(q_TNH, k_pages):
     raise NotImplementedError(f"sm90 needs heads of 64 or 128 and pages of 32, 64 or 128 tokens; got H={H}, C={C}")
 
 
-class _Operands(NamedTuple):
-  """The kernel's inputs in device memory. In decode, tile b is sequence b, and all its queries see as many keys."""
-
-  q: jax.Array  # [tiles, K, rows, H]
-  k_pages: jax.Array  # [P, K, C, H]
-  v_pages: jax.Array  # [P, K, H, C]
-  table: jax.Array  # [B, M]
-  first_page: jax.Array  # [1]
-  lengths: jax.Array  # [tiles], the most keys that a query of the tile sees
-  limits: jax.Array | None  # prefill: [tiles, columns], keys that each column sees
-  sequences: jax.Array | None  # prefill: [tiles], the sequence of each tile
-  k_scale: jax.Array | None  # float8 pages: [P, K, C]
-  v_scale: jax.Array | None
-
-
-class _Splits(NamedTuple):
-  """The kernel's results: normalized outputs of each split of the context, and log2 of their softmax sums."""
-
-  values: jax.Array  # [tiles, K, splits, rows and up to 3 more, H], float32; q's dtype for a single split
-  log_sum: jax.Array  # float32 [tiles, K, splits, columns]
-
-
-class _Shared(NamedTuple):
-  """Shared memory and barriers, in the order of their addresses (a dict would sort them by name)."""
-
-  q: Any  # [columns, H], as the tensor cores read queries
-  k: Any  # [stages, tokens of a step, H]
-  v: Any  # [stages, pages of a step, H, C]
-  p: Any  # [tokens of a step, columns], the weights
-  out: Any  # [ROWS, columns], a block of the result, to be read transposed
-  k_barrier: Any
-  v_barrier: Any
-  q_barrier: Any
-  given: Any  # float8 pages: [columns, H], queries as they come
-  k_scale: Any  # float8 pages: [stages, tokens of a step]
-  v_scale: Any
-  limits: Any  # prefill: [columns]; last, since the others are aligned to 1024 bytes
-
-
-def _out_type(operands: _Operands, tiling: Tiling, dtype) -> _Splits:
+def _out_type(operands: Operands, tiling: Tiling, dtype) -> Splits:
   num_tiles, K, rows, H = operands.q.shape
   rows = -(-rows // 4) * 4  # as many as warps, so that none repeats another's work
-  return _Splits(
+  shapes: Any = (
     jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, rows, H), jnp.float32 if tiling.splits > 1 else dtype),
     jax.ShapeDtypeStruct((num_tiles, K, tiling.splits, tiling.columns), jnp.float32),
   )
+  return Splits(*shapes)
 
 
-def _shared_memory(operands: _Operands, tiling: Tiling, p_dtype, p_swizzle: int) -> _Shared:
+def _shared_memory(operands: Operands, tiling: Tiling, p_dtype, p_swizzle: int) -> Shared:
   C, H = operands.k_pages.shape[2:]
   page, columns, stages = operands.k_pages.dtype, tiling.columns, tiling.stages
   step_tokens = tiling.pages * C
   widen, ragged = operands.k_scale is not None, operands.limits is not None
   scale = plgpu.SMEM((stages, step_tokens), jnp.float32) if widen else None
-  return _Shared(
+  return Shared(
     q=plgpu.SMEM((columns, H), p_dtype, transforms=transforms(p_dtype, H)),
     k=plgpu.SMEM((stages, step_tokens, H), page, transforms=transforms(page, H, ROWS * page.itemsize)),
     v=plgpu.SMEM((stages, tiling.pages, H, C), page, transforms=transforms(page, C)),
@@ -184,7 +147,7 @@ def _shared_memory(operands: _Operands, tiling: Tiling, p_dtype, p_swizzle: int)
   )
 
 
-def _attend(operands: _Operands, tiling: Tiling, out_type: _Splits, estimate: pl.CostEstimate) -> _Splits:
+def _attend(operands: Operands, tiling: Tiling, out_type: Splits, estimate: pl.CostEstimate) -> Splits:
   """Attention of each tile over each split of its context."""
   num_tiles, K, _, H = operands.q.shape
   rows, out_dtype = out_type.values.shape[3], out_type.values.dtype
@@ -196,7 +159,7 @@ def _attend(operands: _Operands, tiling: Tiling, out_type: _Splits, estimate: pl
   summed = columns == ROWS  # sums in every step cost a barrier, sums at the end cost registers
   p_swizzle = min(128, 2 * columns, 2 * C)
 
-  def kernel(gmem: _Operands, out: _Splits, *, smem: _Shared):
+  def kernel(gmem: Any, out: Any, *, smem: Shared):  # gmem: Operands, out: Splits, of references
     split, head, tile = lax.axis_index("split"), lax.axis_index("head"), lax.axis_index("tile")
     sequence = tile if gmem.sequences is None else gmem.sequences[tile]
     length, first_page = gmem.lengths[tile], gmem.first_page[0]

@@ -37,7 +37,7 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   if most < G:
     raise NotImplementedError(f"sm90 needs at most {most} query heads a KV head for these pages; got {G}")
   sizes = tuned.lookup("paged_attention", target, key_of(T, N, K, H, C, B, M, decode, dtype))
-  tokens = 1 if decode else sizes.get("tokens", most // G)
+  tokens = 1 if decode else sizes["tokens"] if "tokens" in sizes else most // G
   columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)
   pages = max(1, ROWS // C)
   num_tiles = B if decode else T // tokens + B

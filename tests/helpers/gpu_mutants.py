@@ -1,7 +1,13 @@
-"""Mistakes to make in the GPU kernels on purpose: each is a piece of source and what replaces it."""
+"""Mistakes to make in the GPU kernels on purpose, at lines that a comment `# mutant: MARK` marks.
 
+A mistake deletes the marked statement, or replaces a part of the marked line that a regular expression finds. The expressions
+name as few variables as they can, so that a rename does not break a mutant; one that no longer matches is an error.
+"""
+
+import ast
 import dataclasses
 import inspect
+import re
 import types
 
 from pallas_kernels.fp8_matmul import sm90 as matmul
@@ -12,83 +18,113 @@ from pallas_kernels.paged_attention import sm90 as attention
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
+  """pattern, replacement: of the marked line, as re.sub takes them; no pattern: the whole statement is left out."""
+
   name: str
   module: types.ModuleType
-  old: str
-  new: str
+  mark: str
+  pattern: str = ""
+  replacement: str = ""
 
   def __str__(self):
     return f"{self.module.__name__.split('.')[1]}: {self.name}"
 
+  def source(self) -> str:
+    """The source of the kernel's module with the mistake in it. Raises LookupError if the marked line has changed."""
+    lines = inspect.getsource(self.module).splitlines()
+    marked = [number for number, line in enumerate(lines) if line.endswith(f"# mutant: {self.mark}")]
+    if len(marked) != 1:
+      raise LookupError(f"{self}: {len(marked)} lines are marked {self.mark!r}")
+    if self.pattern:
+      code, comment = lines[marked[0]].rsplit("  # ", 1)
+      code, count = re.subn(self.pattern, self.replacement, code)
+      if count != 1:
+        raise LookupError(f"{self}: {self.pattern!r} occurs {count} times in {code.strip()!r}")
+      lines[marked[0]] = f"{code}  # {comment}"
+    else:
+      self._leave_out(lines, marked[0])
+    return "\n".join(lines)
+
+  def _leave_out(self, lines: list[str], marked: int) -> None:
+    simple = (ast.Assign, ast.AugAssign, ast.Expr)
+    statements = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, simple)]
+    around = [node for node in statements if node.lineno <= marked + 1 <= (node.end_lineno or 0)]
+    if not around:
+      raise LookupError(f"{self}: no simple statement is marked")
+    statement = max(around, key=lambda node: node.lineno)
+    rest = len(range(statement.lineno, statement.end_lineno or 0))
+    lines[statement.lineno - 1 : statement.end_lineno] = [" " * statement.col_offset + "pass", *[""] * rest]
+
   def load(self) -> types.ModuleType:
     """The kernel's module with the mistake in it."""
-    source = inspect.getsource(self.module)
-    assert source.count(self.old) == 1, f"{self}: {source.count(self.old)} places have {self.old!r}; the kernel has changed"
     mutant = types.ModuleType(f"{self.module.__name__}_mutant")
-    exec(compile(source.replace(self.old, self.new), f"<{self}>", "exec"), mutant.__dict__)
+    exec(compile(self.source(), f"<{self}>", "exec"), mutant.__dict__)
     return mutant
 
 
+ALIKE = r"exp2\((.*)\)$", r"exp2(0 * (\1))"
+SWAP = r"(\w+), (\w+) =", r"\2, \1 ="
+
 MATMUL = (
-  Mutant("drops the channel scale", matmul, "total = total * lax.broadcast_in_dim(per_row, total.shape, [1])", "pass"),
-  Mutant("drops the token scale", matmul, "total = total * lax.broadcast_in_dim(per_token, total.shape, [0])", "pass"),
-  Mutant("drops the static scale", matmul, "total = total * scale_gmem[-1][0]", "pass"),
-  Mutant("forgets a part's token scale", matmul, ":F], channel_scale, x_scale)", ":F], channel_scale, None)"),
-  Mutant("drops the block scale", matmul, "product = product * block_scale(", "product + block_scale("),
-  Mutant("takes the first block's scale for all columns", matmul, "lax.div(column, jnp.int32(api.BLOCK))", "jnp.int32(0)"),
-  Mutant("takes the first block's scale for all rows", matmul, "jnp.minimum(block_row, last)", "jnp.int32(0)"),
-  Mutant("leaves one part only", matmul, "form, tiling, jnp.float32)[:, :T, :F]", "form, tiling, jnp.float32)[:1, :T, :F]"),
-  Mutant("starts every part at column 0", matmul, "lambda k: (row_tile, first_step + k)", "lambda k: (row_tile, k)"),
-  Mutant("both warpgroups take the same rows", matmul, "w_smem.at[pl.ds(wg * WG_ROWS,", "w_smem.at[pl.ds(0,"),
-  Mutant("forgets what was summed before", matmul, "total = total + product", "total = product"),
-  Mutant("lets float16 overflow", matmul, "shift = jnp.clip(14 - exponent, -126, 126)", "shift = 0 * exponent"),
-  Mutant("frees a stage with reads under way", matmul, "plgpu.commit_smem()  # these reads", "pass  # these reads"),
-  Mutant("stores a tile before it is written", matmul, "plgpu.commit_smem()\n          plgpu.copy", "plgpu.copy"),
-  Mutant("writes over a tile that is being stored", matmul, "plgpu.wait_smem_to_gmem(0, wait_read_only=True)", "pass"),
+  Mutant("drops the channel scale", matmul, "channel scale"),
+  Mutant("drops the token scale", matmul, "token scale"),
+  Mutant("drops the static scale", matmul, "static scale"),
+  Mutant("forgets a part's token scale", matmul, "splits", r", \w+\)$", ", None)"),
+  Mutant("drops the block scale", matmul, "block scale", r"\w+ = ", ""),
+  Mutant("takes the first block's scale for all columns", matmul, "column of the block", r"= .*", "= jnp.int32(0)"),
+  Mutant("takes the first block's scale for all rows", matmul, "row of the block", r"= .*", "= jnp.int32(0)"),
+  Mutant("leaves one part only", matmul, "splits", r"\[:, :T", "[:1, :T"),
+  Mutant("starts every part at column 0", matmul, "first column of a split", r"\w+ \+ k", "k"),
+  Mutant("both warpgroups take the same rows", matmul, "rows of a warpgroup", r"pl\.ds\(\w+ \* \w+", "pl.ds(0"),
+  Mutant("forgets what was summed before", matmul, "sum", r"= \w+ \+ ", "= "),
+  Mutant("lets float16 overflow", matmul, "power of two", r"jnp\.clip\(14 - (\w+),.*\)", r"0 * \1"),
+  Mutant("frees a stage with reads under way", matmul, "fence of a stage"),
+  Mutant("stores a tile before it is written", matmul, "fence of a tile"),
+  Mutant("writes over a tile that is being stored", matmul, "wait for a tile"),
 )
 
 ATTENTION = (
-  Mutant("does not wait for K", attention, "plgpu.barrier_wait(k_barrier.at[slot])", "pass"),
-  Mutant("does not wait for V", attention, "plgpu.barrier_wait(v_barrier.at[slot])", "pass"),
-  Mutant("does not wait for the queries", attention, "plgpu.barrier_wait(q_barrier)", "pass"),
-  Mutant("drops the fence before P is read", attention, "plgpu.commit_smem()\n      plgpu.barrier_wait", "plgpu.barrier_wait"),
-  Mutant("frees a stage with reads under way", attention, "plgpu.commit_smem()  # these reads", "pass  # these reads"),
-  Mutant("reuses a stage one step early", attention, "k_smem.at[slot, tokens], k_barrier", "k_smem.at[0, tokens], k_barrier"),
-  Mutant("drops K's scale", attention, "s = s * over_rows(k_scale) + ", "s = s + "),
-  Mutant("drops V's scale", attention, "+ over_rows(jnp.log2(v_scale))", ""),
-  Mutant("swaps K and V", attention, "copy_gmem_to_smem(v_gmem.at[page, head]", "copy_gmem_to_smem(k_gmem.at[page, head]"),
-  Mutant("swaps K's and V's scales", attention, "k_scale, v_scale = (plgpu", "v_scale, k_scale = (plgpu"),
-  Mutant("sees one token too many", attention, "position < limit", "position <= limit"),
-  Mutant("reads the first layer's pages", attention, "first_page + table_gmem[", "table_gmem["),
-  Mutant("lets queries overflow float16", attention, "(given * up).astype", "given.astype"),
-  Mutant("reads the first sequence's pages", attention, "table_gmem[sequence, ", "table_gmem[0, "),
-  Mutant("loads the same page twice", attention, "first + i + tiling.stages)  # early", "first + i)  # early"),
-  Mutant("does not shrink what was summed before", attention, "[block * over_columns(shrink) for", "[block for"),
-  Mutant("weighs all parts alike", attention, "weights = jnp.exp2(log_sum - ", "weights = jnp.exp2(0 * log_sum - 0 * "),
+  Mutant("does not wait for K", attention, "wait for K"),
+  Mutant("does not wait for V", attention, "wait for V"),
+  Mutant("does not wait for the queries", attention, "wait for queries"),
+  Mutant("drops the fence before P is read", attention, "fence of P"),
+  Mutant("frees a stage with reads under way", attention, "fence of a stage"),
+  Mutant("reuses a stage one step early", attention, "K copy", r"\[\w+, tokens\]", "[0, tokens]"),
+  Mutant("drops K's scale", attention, "scale of K"),
+  Mutant("drops V's scale", attention, "scale of V"),
+  Mutant("swaps K and V", attention, "V copy", r"\.v_pages", ".k_pages"),
+  Mutant("swaps K's and V's scales", attention, "order of scales", *SWAP),
+  Mutant("sees one token too many", attention, "mask", " < ", " <= "),
+  Mutant("reads the first layer's pages", attention, "page id", r"\w+ \+ gmem", "gmem"),
+  Mutant("lets queries overflow float16", attention, "power of two", r"\((\w+) \* \w+\)", r"(\1)"),
+  Mutant("reads the first sequence's pages", attention, "page id", r"table\[\w+,", "table[0,"),
+  Mutant("loads the same page twice", attention, "next pages", r" \+ tiling\.stages", ""),
+  Mutant("does not shrink what was summed before", attention, "rescale"),
+  Mutant("weighs all parts alike", attention, "weights of splits", *ALIKE),
 )
 
 COMBINE = (
-  Mutant("joins all parts alike", combine, "weight = jnp.exp2(log_sum - new_top)", "weight = jnp.exp2(0 * log_sum)"),
-  Mutant("does not shrink what was joined before", combine, "joined * over_channels(shrink), total * shrink", "joined, total"),
-  Mutant("loses the last parts", combine, "carry = add(S - S % at_once, S % at_once, carry) if", "carry = carry if"),
-  Mutant("scales with one head's largest value", combine, "(jnp.abs(x) for x in joined))", "(jnp.abs(x) for x in joined[:1]))"),
+  Mutant("joins all parts alike", combine, "weights of splits", *ALIKE),
+  Mutant("does not shrink what was joined before", combine, "rescale"),
+  Mutant("loses the last parts", combine, "last splits"),
+  Mutant("scales with one head's largest value", combine, "largest value", r"in (\w+)\)\)", r"in \1[:1]))"),
 )
 
 FUSED = (
-  Mutant("drops the residual", fused, "a.astype(jnp.float32) + b.astype(jnp.float32)", "a.astype(jnp.float32)"),
-  Mutant("a warpgroup sums alone", fused, "if self.num_wgs == 1:", "if True:"),
-  Mutant("warpgroups do not wait for each other", fused, "plgpu.barrier_wait(barrier.at[call])", "pass"),
-  Mutant("both meetings share their places", fused, "call = next(calls)", "call = next(calls) * 0"),
-  Mutant("all warpgroups write the scale", fused, '@pl.when(lax.axis_index("wg") == 0)', "@pl.when(token >= 0)"),
-  Mutant("drops the norm's weight", fused, "(a * factor * w)", "(a * factor)"),
-  Mutant("swaps gate and up", fused, "zip(half(0), half(1)", "zip(half(1), half(0)"),
-  Mutant("forgets the token's scale", fused, "scales[1][token if self._per_token else 0]", "scales[1][0]"),
-  Mutant("writes to the first layer's pages", fused, "page = first_gmem[0] + table_gmem", "page = table_gmem"),
-  Mutant("writes one place further", fused, "- (1 if query_starts is None else 0)", ""),
-  Mutant("writes to the first sequence's pages", fused, "table_gmem[sequence, ", "table_gmem[sequence * 0, "),
-  Mutant("swaps keys and values", fused, "enumerate((k, v))", "enumerate((v, k))"),
-  Mutant("writes keys that are not turned", fused, "turned(load(G, 1), row_layout(1))", "load(G, 1)"),
-  Mutant("turns the other way", fused, "(x[0] * cos - x[1] * sin)", "(x[0] * cos + x[1] * sin)"),
-  Mutant("drops the pages' scale", fused, "if scale is not None:", "if False:"),
-  Mutant("writes what nobody asked for", fused, "@pl.when(position >= 0)", "@pl.when(position >= -1)"),
+  Mutant("drops the residual", fused, "residual", r" \+ \w+\.astype\(jnp\.float32\)", ""),
+  Mutant("a warpgroup sums alone", fused, "lone warpgroup", r"if .*:", "if True:"),
+  Mutant("warpgroups do not wait for each other", fused, "wait for warpgroups"),
+  Mutant("both meetings share their places", fused, "number of the meeting", r"$", " * 0"),
+  Mutant("all warpgroups write the scale", fused, "writer of the scale", r"pl\.when\(.*\)", "pl.when(token >= 0)"),
+  Mutant("drops the norm's weight", fused, "weight of the norm", r"\((\w+ \* \w+) \* \w+\)", r"(\1)"),
+  Mutant("swaps gate and up", fused, "gate and up", *SWAP),
+  Mutant("forgets the token's scale", fused, "token scale", r"\[\w+\]", "[0]"),
+  Mutant("writes to the first layer's pages", fused, "page id", r"= .* \+ ", "= "),
+  Mutant("writes one place further", fused, "position", r" - \(.*\)$", ""),
+  Mutant("writes to the first sequence's pages", fused, "page id", r"table\[(\w+),", r"table[\1 * 0,"),
+  Mutant("swaps keys and values", fused, "keys", r"\(k,", "(v,"),
+  Mutant("writes keys that are not turned", fused, "rotated keys", r"= \w+\((\w+\(G, 1\)), .*$", r"= \1"),
+  Mutant("turns the other way", fused, "rotation", " - ", " + "),
+  Mutant("drops the pages' scale", fused, "scale of pages"),
+  Mutant("writes what nobody asked for", fused, "padding", ">= 0", ">= -1"),
 )

@@ -50,9 +50,9 @@ def call_for(mutant):
 
 def catcher(mutant, limit) -> str:
   """What noticed the mistake, or nothing."""
-  call = call_for(mutant)
+  call, kernels = call_for(mutant), mutant.load()
   try:
-    y, _ = call.run(mutant.load())
+    y, _ = call.run(kernels)
     error = gpu_calls.relative(y, call.truth())
   except AssertionError:
     return "not finite"
