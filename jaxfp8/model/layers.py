@@ -1,8 +1,8 @@
 """The parts of a Llama as Flax NNX modules: `Linear`, `RMSNorm`, `Attention`, `Mlp`, `DecoderLayer`.
 
 Modules own weights and nothing else. `LayerBuilder` declares those weights: merged, padded and replicated for a mesh, each with
-its partition. `StepContext` holds the arrays that all layers of a step share. Every stage runs in a `jax.named_scope`, so that
-profiles show attention.qkv, mlp.down and so on. Refuses to know how layers are stacked and run (llama.py).
+its partition. Every stage runs in a `jax.named_scope`, so that profiles show attention.qkv, mlp.down and so on.
+Refuses to know how layers are stacked and run (llama.py).
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ import pallas_kernels
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape, Padded
-from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.fp8 import QArray, quantize_tokens
 from jaxfp8.model.kv_cache import KVCache
+from jaxfp8.model.step_context import StepContext
 from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, Precision, Recipe
-from jaxfp8.sharding import TENSOR, Axes, abstract_array, concatenate_over, scatter_over, sum_over
+from jaxfp8.sharding import TENSOR, Axes, abstract_array
 from pallas_kernels import PartialSums, Quantized
 
 
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
       return None
     return self.k_scale.get_value(), self.v_scale.get_value()
 
-  def __call__(self, x_TD: jax.Array | Quantized, pool: KVCache, context: "StepContext") -> tuple[jax.Array, KVCache]:
+  def __call__(self, x_TD: jax.Array | Quantized, pool: KVCache, context: StepContext) -> tuple[jax.Array, KVCache]:
     """(the attention's part of the residual stream [T, D], the pool with the keys and values of these tokens)."""
     kernels = {"first_page": context.first_page, **self.runtime.kernels}
     pages_of_tokens = context.page_table_BM, context.query_starts, context.lengths_B
@@ -170,7 +170,7 @@ class Mlp(nnx.Module):
     self.down = build.linear(layer_format.down, build.down_shape, PartitionSpec(None, None, TENSOR))
     self.runtime = build.runtime
 
-  def __call__(self, x_TD: jax.Array | Quantized, context: "StepContext") -> jax.Array:
+  def __call__(self, x_TD: jax.Array | Quantized, context: StepContext) -> jax.Array:
     """The MLP's part of the residual stream, [T, D]."""
     rounding = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
     with jax.named_scope("mlp.gate_up"):
@@ -192,7 +192,7 @@ class DecoderLayer(nnx.Module):
     self.mlp = Mlp(build, layer_format)
 
   def __call__(
-    self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: "StepContext"
+    self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: StepContext
   ) -> tuple[jax.Array, jax.Array, KVCache]:
     """(x, y, pool) after this layer: the residual stream is x + y, both [T, D].
 
@@ -283,42 +283,3 @@ class LayerBuilder:
         f'tensor={self.shape.tensor}, {run} at a time, are not. Use granularity="channel" or another tensor.'
       )
     return -(-shape[-1] // BLOCK)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-  """The arrays that all layers of a step share: the pages of its tokens, and their rotary angles.
-
-  row_axes: mesh axes that the rows of the residual stream are cut over (llama.py); None if each device has all rows.
-  first_page: of the layer that runs, in the flattened pool of all layers.
-  """
-
-  page_table_BM: jax.Array
-  query_starts: jax.Array | None
-  lengths_B: jax.Array
-  cos_TH: jax.Array  # [T, H / 2]
-  sin_TH: jax.Array
-  row_axes: Axes = None
-  first_page: jax.Array | int = 0
-
-  @classmethod
-  def of(cls, batch: PrefillBatch | DecodeBatch, config: LlamaConfig, row_axes: Axes = None) -> "StepContext":
-    with jax.named_scope("rope_angles"):
-      _, position_T = batch.token_positions()
-      angles = position_T[:, None].astype(jnp.float32) * config.rope.inverse_frequencies(config.head_dim)
-      cos_TH, sin_TH = jnp.cos(angles), jnp.sin(angles)
-    return cls(batch.page_table_BM, batch.query_starts, batch.lengths_B, cos_TH, sin_TH, row_axes)
-
-  def reduce(self, y_TD: jax.Array, axes: Axes) -> jax.Array:
-    """The sum over `axes` of the devices' parts of the residual stream: all rows, or only this device's (row_axes)."""
-    with jax.named_scope("reduce"):
-      return sum_over(y_TD, axes) if self.row_axes is None else scatter_over(y_TD, self.row_axes)
-
-  def gather_rows[T: jax.Array | Quantized](self, normed: T) -> T:
-    """All-gathers the normed activations over `row_axes`; they are already float8 if the next linear reads float8."""
-    with jax.named_scope("gather"):
-      return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
-
-  def at_page(self, first_page: jax.Array) -> "StepContext":
-    """The context of the layer whose pages begin at `first_page` in the flattened pool."""
-    return dataclasses.replace(self, first_page=first_page)

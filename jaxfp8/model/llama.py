@@ -23,7 +23,8 @@ from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime, StepContext
+from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime
+from jaxfp8.model.step_context import StepContext
 from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.sharding import TENSOR, Axes, abstract_array, index_over
 from pallas_kernels import float8_bytes

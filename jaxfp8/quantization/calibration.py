@@ -35,8 +35,9 @@ from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import Linear, StepContext
+from jaxfp8.model.layers import Linear
 from jaxfp8.model.llama import Llama
+from jaxfp8.model.step_context import StepContext
 from jaxfp8.quantization.observers import SCALES, Magnitudes
 from jaxfp8.quantization.rounding import Inputs, check_rounding, round_weights
 from jaxfp8.recipe import Precision, Recipe

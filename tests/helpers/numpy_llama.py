@@ -1,6 +1,6 @@
-"""A Llama in float64 numpy, one sequence at a time, with a hook at every matrix product: the tests' own truth.
+"""An independent Llama in float64 numpy, one sequence at a time, with a hook at every matrix product.
 
-Knows nothing of pages, batches, merged weights and devices; shares only the config (whose RoPE the goldens check).
+It has no pages, batches, merged weights or devices. It shares only the config with jaxfp8; the goldens check that RoPE.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def rope(config: LlamaConfig, x: np.ndarray) -> np.ndarray:
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-  """Causal, in float64: q [T, N, H] are the last T of S positions, k and v [S, N, H]."""
+  """Causal attention in float64, [T, N, H]: q [T, N, H] are the last T of S positions, k and v [S, N, H]."""
   q, k, v = (x.astype(np.float64) for x in (q, k, v))
   T, S = len(q), len(k)
   scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
@@ -60,24 +60,24 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def to_float8(x: np.ndarray, scale) -> np.ndarray:
-  """round(x * (1 / scale)) as float8, by ml_dtypes, in float32 as the definition says."""
+  """round(x * (1 / scale)) as float8 by ml_dtypes; the product is in float32, as defined."""
   return np.clip(x.astype(np.float32) * (np.float32(1) / scale), -448, 448).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
 
 
 def scale_of(x: np.ndarray, axis) -> np.ndarray:
-  """amax * float32(1 / 448), 1 where everything is zero; the reduced axes stay with size 1."""
+  """amax * float32(1 / 448), or 1 if amax is 0; the reduced axes stay with size 1."""
   amax = np.max(np.abs(x.astype(np.float32)), axis=axis, keepdims=True)
   return np.where(amax == 0, np.float32(1), amax * np.float32(1 / 448)).astype(np.float32)
 
 
 def fake_quantize(x: np.ndarray, axis) -> np.ndarray:
-  """x through float8 and back, float64."""
+  """x rounded to float8, as float64. axis: the axes that share a scale."""
   scale = scale_of(x, axis)
   return to_float8(x, scale).astype(np.float64) * scale
 
 
 def fake_quantize_weight(w: np.ndarray, granularity: str) -> np.ndarray:
-  """w [F, D] through float8 and back, float64."""
+  """w [F, D] rounded to float8, as float64."""
   if granularity != "block128":
     return fake_quantize(w, (0, 1) if granularity == "tensor" else 1)
   out = np.empty(w.shape)

@@ -1,8 +1,8 @@
-"""A Llama in float32 numpy that rounds where a Recipe says: fake quantization, independent of jaxfp8's float8 and kernels.
+"""A Llama in float32 numpy with the roundings of a Recipe: fake quantization, independent of jaxfp8's float8 and kernels.
 
-    python tests/numpy_recipes.py [positions [recipe ...]]    compares every recipe of tools/evaluate.py on the real model
+    python -m tests.helpers.numpy_recipes [positions [recipe ...]]    compares every recipe of `jaxfp8 evaluate`, default model
 
-Shares the config with jaxfp8 and the rounding (by ml_dtypes, from the definition) with numpy_llama.
+It shares the config with jaxfp8, and the rounding (by ml_dtypes, from the definition) with numpy_llama.
 """
 
 import pathlib
@@ -20,14 +20,14 @@ F32 = Recipe("f32", "channel", "f32", "f32")
 
 
 class NumpyRecipe:
-  """`logits(tokens)` of one sequence; `weights` are float32 under Hugging Face's names, `scales` static ones under jaxfp8's."""
+  """The model. weights: float32, under Hugging Face's names. scales: static scales under jaxfp8's keys."""
 
   def __init__(self, config: LlamaConfig, weights: dict[str, np.ndarray], recipe: Recipe, scales=None):
     self.config, self.recipe, self.scales = config, recipe, scales
     self.weights = {name: self._rounded(name, weight) for name, weight in weights.items()}
 
   def logits(self, tokens: np.ndarray) -> np.ndarray:
-    """float32 [T, V]."""
+    """Logits of one sequence, float32 [T, V]."""
     c, r = self.config, self._stream
     x = r(self.weights["model.embed_tokens.weight"][tokens])
     for layer in range(c.num_layers):
@@ -63,15 +63,15 @@ class NumpyRecipe:
   def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
     if self.recipe.activations == "fp8":
       x = fake_quantize(x, 1)
-    if self.recipe.activations == "fp8_static":
+    if self.recipe.activations.is_static:
       x = _through_float8(x, self.scales[name.replace(".weight", ".input_scale[]")])
     return self._stream(x @ self.weights[name].T)
 
   def _kv(self, x: np.ndarray, key: str) -> np.ndarray:
-    """One scale a token and head, or one a head."""
+    """Keys or values [T, K, H] as pages hold them: one scale per token and head, or one per head."""
     if self.recipe.kv == "fp8":
       return fake_quantize(x, -1)
-    if self.recipe.kv == "fp8_static":
+    if self.recipe.kv.is_static:
       return _through_float8(x, self.scales[key][None, :, None])
     return bf16(x) if self.recipe.kv == "bf16" else x
 
@@ -83,7 +83,7 @@ class NumpyRecipe:
 
 
 def fake_quantize_weight(weight: np.ndarray, granularity: str) -> np.ndarray:
-  """w [F, D] through float8 and back, in blocks of rows that stay in the processor's cache."""
+  """w [F, D] rounded to float8, as float32; in groups of rows that fit the processor's cache."""
   if granularity == "tensor":
     scale = numpy_llama.scale_of(weight, None)
     return np.concatenate([_through_float8(rows, scale) for rows in np.array_split(weight, 8)])
@@ -98,7 +98,7 @@ def fake_quantize_weight(weight: np.ndarray, granularity: str) -> np.ndarray:
 
 
 def fake_quantize(x: np.ndarray, axis: int | None) -> np.ndarray:
-  """x through float8 and back, one scale along `axis` (or for all of x)."""
+  """x rounded to float8, as float32, with one scale along `axis` (None: one for all of x)."""
   return _through_float8(x, numpy_llama.scale_of(x, axis))
 
 
@@ -123,7 +123,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Comparison:
-  """The default model over a few chunks of CPython's topics, by jaxfp8 and by numpy, each against its own float32."""
+  """The default model on a few chunks of CPython's help topics, by jaxfp8 and by numpy, each against its own float32 logits."""
 
   def __init__(self, num_tokens: int, context: int):
     from jaxfp8.checkpoint import readers
@@ -148,8 +148,8 @@ class Comparison:
 
     recipe, scales = evaluate.parse_recipe(name), None
     if "static" in name:
-      found = calibration.Calibrator(self.source, recipe, self.training).layers()
-      scales = {key: array for _, group in found for key, array in group.items() if "_scale[" in key}
+      layers = calibration.Calibrator(self.source, recipe, self.training).layers()
+      scales = {key: array for _, group in layers for key, array in group.items() if "_scale[" in key}
     ours = self.ours.score(load.load_source(self.source, recipe, scales=scales)).kl
     model = NumpyRecipe(self.source.config, self.weights, recipe, scales)
     theirs = [divergence(p, model.logits(row[:-1])) for p, row in zip(self.numpys, self.chunks, strict=True)]

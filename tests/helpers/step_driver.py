@@ -1,4 +1,4 @@
-"""Runs compiled steps by hand: which tokens of which sequences are computed is the test's choice, not a scheduler's."""
+"""Runs compiled steps by hand: the test, and no scheduler, chooses the tokens and sequences of a step."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ class Row:
 
 
 class Driver:
-  """CompiledSteps whose Sampled carries the log-probability of every token of the vocabulary."""
+  """CompiledSteps that return the log-probability of every token of the vocabulary."""
 
   def __init__(self, model: Llama, mesh=None, **limits):
     sizes = {"num_pages": 16, "max_sequences": 4, "max_pages": 4, "prefill_sizes": (40, 160), "decode_sizes": (2, 4)}
@@ -78,7 +78,7 @@ class Driver:
 
 
 def random_rows(config, lengths: list[int], first_page: int, first_place: int, seed: int = 5) -> list[Row]:
-  """Other sequences, to stand in the batch beside the one that is looked at; one page each."""
+  """Further sequences for the batch beside the tested sequence; one page each."""
   return [
     Row(tiny_models.make_tokens(config, length, seed + i), 0, length, (first_page + i,), first_place + i)
     for i, length in enumerate(lengths)
@@ -86,5 +86,5 @@ def random_rows(config, lengths: list[int], first_page: int, first_place: int, s
 
 
 def bits(x) -> np.ndarray:
-  """float32 as integers, so that equality is of bits (-0 and 0 differ, NaN equals itself)."""
+  """float32 as int32, to compare bits: -0 and 0 differ, and NaN equals itself."""
   return np.asarray(jax.device_get(x), np.float32).view(np.int32)

@@ -1,4 +1,4 @@
-"""Tiny Llamas as jaxfp8 models, and the few ways in which tests run them."""
+"""Tiny Llamas as jaxfp8 models, and functions that run them."""
 
 import functools
 import pathlib
@@ -21,7 +21,7 @@ F32 = Recipe(weights="f32", activations="f32", kv="f32")
 
 
 class ArraySource(Source):
-  """Weights in memory, as a reader would hand them out."""
+  """A source of weights that are in memory."""
 
   def __init__(self, config: LlamaConfig, weights: dict[str, np.ndarray]):
     self.config, self.weights, self.path = config, weights, pathlib.Path("arrays")
@@ -67,7 +67,7 @@ def pages_for(length: int, page_size: int) -> int:
 
 
 def run_pieces(model: Llama, tokens: np.ndarray, pieces: list[int], *, page_size=64, table=None, run=every_logit, pad_to=None):
-  """Every logit of one sequence computed in pieces; a piece of 1 is a decode step. Returns (logits [T, V], cache)."""
+  """All logits of one sequence, which is computed in pieces; a piece of 1 is a decode step. Returns (logits [T, V], cache)."""
   num_pages = pages_for(len(tokens), page_size)
   table = np.arange(num_pages, dtype=np.int32) if table is None else np.asarray(table, np.int32)
   cache = KVCache.init(model.config, int(table.max()) + 1, model.recipe.kv, page_size)

@@ -1,4 +1,4 @@
-"""Bytes, launches and collectives of a small program whose text is written, and counted, by hand."""
+"""Bytes, launches and collectives of a small program, whose text was written and counted by hand."""
 
 import pytest
 
@@ -87,7 +87,7 @@ backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step
 """
 STREAM, MATRIX, GATHER = 8 * 512 * 2, 256 * 512, 2 * 8 * 512 * 2 + 8 * 4
 REDUCE = 2 * 8 * 256 * 2
-UPDATE = 2 * 8 * 256 * 2  # what is read of the sum, and what is written in place
+UPDATE = 2 * 8 * 256 * 2  # bytes read of the sum, and bytes written in place
 COPY = "%copied = bf16[256,512]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused_widen"
 
 
@@ -106,14 +106,14 @@ def test_bytes_are_those_counted_by_hand():
 def test_launches_and_collectives():
   total = tally()
   ((trips, layer),) = total.loops
-  assert (trips, layer.kernels, layer.operations, layer.launches) == (3, 1, 1, 2)  # the counter counts as nothing
+  assert (trips, layer.kernels, layer.operations, layer.launches) == (3, 1, 1, 2)  # the loop counter does not count
   reduce = traffic.Collective("all-reduce", (Shape("bf16", (8, 256)),), 8 * 256 * 2)
   assert layer.collectives == {reduce: 1} and total.collectives == {reduce: 3}
   assert str(reduce) == "all-reduce bf16[8,256]"
   assert total.kernels == 3
 
 
-def test_a_copy_of_a_weight_is_seen():
+def test_a_copy_of_a_weight_is_counted():
   total = tally(COPY)
   assert total.weight_written_bytes == 3 * 2 * MATRIX
   assert total.weight_read_bytes == 2 * 3 * MATRIX + STREAM
@@ -143,7 +143,7 @@ def test_text_without_an_entry():
     hlo.parse("HloModule nothing")
 
 
-def test_costs_are_recorded_where_somebody_records():
+def test_costs_are_recorded_while_a_recording_is_open():
   one = costs.Cost(weight_bytes=3, read_bytes=4, written_bytes=5)
   costs.record("nobody", one)
   with costs.recording(lengths=(7, 9)) as calls:

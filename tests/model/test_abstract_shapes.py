@@ -1,4 +1,4 @@
-"""Wrong shapes are InputErrors that name the axis and both sizes, raised while tracing; random weights are what they say."""
+"""Wrong shapes raise InputErrors that name the axis and both sizes, while tracing; random weights are as documented."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def run(batch, cache=None):
   )
 
 
-def test_what_fits_is_traced():
+def test_matching_shapes_are_traced():
   hidden, _ = run(PrefillBatch(ints(7), ints(3), ints(2), ints(2, 4)))
   assert hidden.shape == (7, CONFIG.d_model)
   hidden, _ = run(DecodeBatch(ints(2), ints(2), ints(2, 4)))
@@ -72,9 +72,9 @@ def test_another_models_cache(field, value, message):
     run(DecodeBatch(ints(2), ints(2), ints(2, 4)), KVCache.abstract(other, 4, "f32"))
 
 
-def test_v_pages_are_looked_at_too():
+def test_v_pages_are_checked():
   cache = KVCache.abstract(CONFIG, 4, "f32")
-  swapped = cache.replace(v_pages=cache.k_pages)  # tokens and H the wrong way round
+  swapped = cache.replace(v_pages=cache.k_pages)  # tokens and H are swapped
   with pytest.raises(InputError, match="v_pages must have H = 16 for this model; got H = 64"):
     run(DecodeBatch(ints(2), ints(2), ints(2, 4)), swapped)
   with pytest.raises(InputError, match=r"k_pages must be \[L, P, K, C, H\]; got"):

@@ -1,4 +1,4 @@
-"""Float8: the quantizers bit for bit against numpy and ml_dtypes, and the exact widening."""
+"""Float8: the quantizers bit for bit against numpy and ml_dtypes, exact conversion to wider dtypes, and float8 as bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def make(rng, F, D, kind):
 
 
 class TestQuantize:
-  """scale = amax * float32(1 / 448) and value / scale rounded to nearest even, computed once more by numpy and ml_dtypes."""
+  """Independent of jax: scale = amax * float32(1 / 448), value / scale rounded to nearest even by numpy and ml_dtypes."""
 
   @settings(max_examples=12, deadline=None)
   @given(
@@ -69,7 +69,7 @@ class TestQuantize:
 
   @pytest.mark.parametrize("granularity", ["tensor", "channel", "block128"])
   def test_compiled_gives_the_same_bits(self, granularity):
-    """XLA turns divisions by constants into products, which round otherwise."""
+    """XLA compiles divisions by constants as products, which round differently."""
     w = jnp.asarray(make(np.random.default_rng(1), 200, 300, "spread"))
     plain, compiled = fp8.quantize(w, granularity), jax.jit(fp8.quantize, static_argnums=1)(w, granularity)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
@@ -107,7 +107,7 @@ class TestQuantize:
       fp8.quantize(jnp.asarray(w), granularity)
 
   def test_smaller_blocks_of_a_merged_weight(self):
-    """A model repeats block scales where a head has fewer rows than a block; `dequantize` reads them too."""
+    """A model repeats block scales if a head has fewer rows than a block; `dequantize` accepts the repeated scales."""
     w = make(np.random.default_rng(4), 256, 200, "spread")
     q = fp8.quantize(jnp.asarray(w), "block128")
     finer = fp8.QArray(q.qvalue, jnp.repeat(q.scale, 4, axis=0))
@@ -128,14 +128,14 @@ class TestTokens:
 
 class TestRounding:
   def test_saturates(self):
-    """What astype alone would turn into NaN."""
+    """`astype` alone would give NaN for these values."""
     x = jnp.array([448.0, 449, 464, 465, 1e30, jnp.inf, -465, -jnp.inf, 0, -0.0])
     want = np.array([448, 448, 448, 448, 448, 448, -448, -448, 0, -0.0], np.float32)
     assert_bits(fp8.to_float8(x), want.astype(FLOAT8))
     assert np.isnan(np.float32(470).astype(FLOAT8).astype(np.float32)), "the trap that this is about"
 
   def test_ties_go_to_even(self):
-    """Half way between every two neighbours, by ml_dtypes and by hand."""
+    """The middle of every two neighbouring values, rounded by ml_dtypes and by hand."""
     values = np.unique(CODES[FINITE].astype(np.float32))
     middle = (values[1:] + values[:-1]) / 2
     got = np.asarray(fp8.to_float8(jnp.asarray(middle)))
@@ -157,22 +157,22 @@ class TestWiden:
 
 
 class TestBytes:
-  def test_there_and_back(self):
+  def test_round_trip(self):
     x = jnp.asarray(CODES)
     assert_bits(to_bytes(x), CODES.view(np.uint8))
     assert_bits(from_bytes(to_bytes(x)), CODES)
     y = jnp.ones(3)
     assert to_bytes(y) is y and from_bytes(y) is y and view_as_bytes(y) is y
 
-  def test_a_view_costs_nothing(self):
+  def test_a_view_shares_its_memory(self):
     x = jnp.asarray(np.repeat(CODES, 4096))
     view = view_as_bytes(x)
     assert_bits(view, np.asarray(x).view(np.uint8))
     assert view.unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
 
 
-def test_traced_quantization_has_no_side_doors():
-  """vmap over a stack of matrices is a loop over them."""
+def test_vmap_equals_a_loop():
+  """quantize under vmap over a stack of matrices gives the bits of one call for each matrix."""
   w = jnp.asarray(make(np.random.default_rng(5), 3 * 20, 30, "normal")).reshape(3, 20, 30)
   stacked = jax.vmap(fp8.quantize)(w)
   for i in range(3):

@@ -25,7 +25,7 @@ from jaxfp8.serving.steps import Limits, decode, prefill
 from tests.helpers import tiny_llamas, tiny_models
 from tests.helpers.tiny_llamas import F32
 
-LIMIT = 2e-4  # largest difference to transformers' float32 logits, which themselves are within 5e-5 of float64
+LIMIT = 2e-4  # largest difference from transformers' float32 logits, which are within 5e-5 of float64
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def test_large_pages_and_shuffled_tables_match_transformers():
 
 @pytest.mark.parametrize("case", ["mha_tied", "gqa_5_1_llama3"])
 def test_ragged_batches_match_transformers(case):
-  """Prefixes of the golden's tokens are sequences of their own; prefill gives the last logits of each, decode the next."""
+  """Each sequence is a prefix of the golden's tokens. Prefill gives the last logits of each, decode the next."""
   model, golden = tiny(case), tiny_llamas.golden(f"tiny_{case}")
   lengths = [1, 31, 64, 65, 149]
   batch = PrefillBatch.from_prompts([golden["tokens"][:length] for length in lengths])
@@ -62,7 +62,7 @@ def test_ragged_batches_match_transformers(case):
   logits, cache = jax.jit(prefill)(model, cache, batch)
   assert difference(logits, golden["logits"][[length - 1 for length in lengths]]) < LIMIT
   tokens = jnp.asarray(golden["tokens"][lengths])
-  # 64 tokens fill their page, so the next one needs a page more.
+  # 64 tokens fill their page, so the next token needs another page.
   table = np.pad(np.asarray(batch.page_table_BM), ((0, 0), (0, 1)))
   table[2, 1] = batch.page_table_BM.max() + 1
   cache = jax.tree.map(lambda pool: jnp.pad(pool, [(0, 0), (0, 1)] + [(0, 0)] * (pool.ndim - 2)), cache)
@@ -71,8 +71,8 @@ def test_ragged_batches_match_transformers(case):
   assert difference(logits, golden["logits"][lengths]) < LIMIT
 
 
-def test_wrong_weights_are_seen():
-  """The comparison above can fail: swapping two KV heads, or leaving out RoPE, is far outside its limit."""
+def test_wrong_weights_exceed_the_limit():
+  """The comparison above can fail: two swapped KV heads, or a missing RoPE, are far outside of its limit."""
   golden = tiny_llamas.golden("tiny_gqa_6_2_linear")
   config, weights = (
     tiny_models.make_config("gqa_6_2_linear"),
@@ -120,7 +120,7 @@ class TestRealModel:
 
 class TestGradients:
   def test_match_finite_differences(self):
-    """Along random directions through every weight of the model, in float32, central differences."""
+    """Central differences in float32, along a random direction through each array of weights."""
     config = tiny_models.make_config("gqa_9_3_untied")
     model = tiny_llamas.load("gqa_9_3_untied", implementation="reference")
     tokens = tiny_models.make_tokens(config, 20)
@@ -136,19 +136,19 @@ class TestGradients:
     gradient = jax.jit(jax.grad(loss))(weights)
     leaves, tree = jax.tree.flatten(weights)
     rng = np.random.default_rng(0)
-    for place, leaf in enumerate(leaves):  # one direction through each array of weights
+    for index, leaf in enumerate(leaves):  # one direction through each array of weights
       direction = rng.standard_normal(leaf.shape).astype(np.float32)
       step = 1e-2 / np.linalg.norm(direction) * max(1.0, float(jnp.linalg.norm(leaf)) * 0.1)
       moved = [
-        loss(jax.tree.unflatten(tree, [*leaves[:place], leaf + sign * step * direction, *leaves[place + 1 :]]))
+        loss(jax.tree.unflatten(tree, [*leaves[:index], leaf + sign * step * direction, *leaves[index + 1 :]]))
         for sign in (1, -1)
       ]
       numeric = float(moved[0] - moved[1]) / (2 * step)
-      exact = float(jnp.vdot(jax.tree.leaves(gradient)[place], direction))
+      exact = float(jnp.vdot(jax.tree.leaves(gradient)[index], direction))
       assert abs(numeric - exact) < 0.02 * abs(exact) + 2e-3, leaf.shape
 
   def test_gradient_reaches_float8_scales(self):
-    """Float8 values are constants; their scales are float32 and can be trained."""
+    """Float8 values are constants. Their scales are float32, so they can be trained."""
     recipe = Recipe("fp8", "channel", "f32", "f32")
     model = tiny_llamas.load("mha_tied", recipe, implementation="reference")
     batch = tiny_llamas.piece_batch(tiny_models.make_tokens(model.config, 10), 0, 10, [0])
@@ -167,13 +167,13 @@ class TestGradients:
 
 
 class TestAbstract:
-  def test_a_70b_is_built_in_no_time(self):
+  def test_an_abstract_70b_is_built_in_milliseconds(self):
     config = LlamaConfig.from_name("llama-3.1-70b")
     for recipe in (Recipe(), Recipe("bf16", kv="fp8"), Recipe("fp8", "block128")):
       start = time.perf_counter()
       model = Llama(config, recipe)
       best = time.perf_counter() - start
-      for _ in range(4):  # a busy machine: the best of five counts
+      for _ in range(4):  # the best of five counts, since the machine may be busy
         start = time.perf_counter()
         model = Llama(config, recipe)
         best = min(best, time.perf_counter() - start)
@@ -194,7 +194,7 @@ class TestAbstract:
         cut = np.prod([sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())])
         assert size % cut == 0
 
-  def test_block_scales_that_a_mesh_would_tear_are_refused(self):
+  def test_block_scales_that_a_mesh_would_cut_are_refused(self):
     config = LlamaConfig.from_name("llama-3.1-8b")
     Llama(config, Recipe("fp8", "block128"), shape=MeshShape.for_model(config, 8))
     odd = dataclasses.replace(config, num_heads=24, num_kv_heads=8, head_dim=64)

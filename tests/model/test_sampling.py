@@ -1,4 +1,4 @@
-"""Sampling against a float64 numpy description of it, on one device and on logits cut over several."""
+"""Sampling against an independent float64 numpy version, on one device and on logits cut over several."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jaxfp8.model import sampling
 from jaxfp8.model.sampling import SamplingBatch, SamplingParams, sample
 
 V = 103
-# Kept outside of what chi-square tests may reject by chance: 1 in 10^6.
+# Limits of the chi-square tests: a correct sampler exceeds them once in 10^6 runs.
 CHI_SQUARE_LIMIT = {3: 30.7, 4: 33.4, 7: 40.5, 9: 44.8}
 
 
@@ -29,7 +29,7 @@ def draw(logits, params, positions, num_logprobs=0):
 
 
 def kept_by_numpy(logits, p: SamplingParams):
-  """(surely kept, surely dropped) in float64; a token whose fate hangs on the last bits of a sum is in neither."""
+  """(certainly kept, certainly dropped) in float64; a token that depends on the last bits of a sum is in neither."""
   scaled = logits.astype(np.float64) / p.temperature
   kept = np.isfinite(scaled)
   if p.top_k:
@@ -37,7 +37,7 @@ def kept_by_numpy(logits, p: SamplingParams):
   sure = kept.copy()
   if p.top_p < 1:
     mass = np.where(kept, np.exp(scaled - scaled.max()), 0)
-    above = np.array([mass[scaled > value].sum() for value in scaled])  # kept while what is above has not reached p
+    above = np.array([mass[scaled > value].sum() for value in scaled])  # a token is kept while the mass above it is below p
     sure &= above < p.top_p * mass.sum() * (1 - 1e-5)
     kept &= above < p.top_p * mass.sum() * (1 + 1e-5)
   if p.min_p:
@@ -74,24 +74,24 @@ class TestKeptSet:
       sure, dropped = kept_by_numpy(logits[row], p)
       assert kept[sure].all() and not kept[dropped].any(), p
       assert kept.any()
-      if ties:  # equal logits stay or go together
+      if ties:  # equal logits are kept or dropped together
         for value in np.unique(logits[row]):
           assert len(set(kept[logits[row] == value])) == 1
 
   def test_examples(self):
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    for p, wanted in (
+    for p, kept in (
       (SamplingParams(1.0), [1, 1, 1, 1]),
       (SamplingParams(1.0, top_k=2), [1, 1, 0, 0]),
       (SamplingParams(1.0, top_p=0.35), [1, 0, 0, 0]),
       (SamplingParams(1.0, top_p=0.65), [1, 1, 0, 0]),
       (SamplingParams(1.0, top_p=0.75), [1, 1, 1, 0]),
-      (SamplingParams(1.0, top_k=3, top_p=0.75), [1, 1, 0, 0]),  # p counts within what top-k kept: 0.7 / 0.9 > 0.75
+      (SamplingParams(1.0, top_k=3, top_p=0.75), [1, 1, 0, 0]),  # p is a share of the mass that top-k kept: 0.7 / 0.9 > 0.75
       (SamplingParams(1.0, min_p=0.6), [1, 1, 0, 0]),
       (SamplingParams(1.0, top_k=1, min_p=0.1), [1, 0, 0, 0]),
     ):
       cut = np.asarray(_cut()(jnp.asarray(logits), SamplingBatch.of([p])))
-      assert np.isfinite(cut)[0].tolist() == list(map(bool, wanted)), p
+      assert np.isfinite(cut)[0].tolist() == list(map(bool, kept)), p
 
   def test_top_k_keeps_ties(self):
     logits = jnp.array([[1.0, 2, 2, 2, 0]])
@@ -177,7 +177,7 @@ class TestDraws:
       assert len(set(tokens.tolist())) > 30
 
   def test_a_known_draw(self):
-    """Texts of a seed stay the same from release to release, unless this line is changed on purpose."""
+    """The text of a seed stays the same across releases, unless this line is changed on purpose."""
     tokens = draw(np.zeros((4, V)), [SamplingParams(1.0, seed=s) for s in (0, 1, 2, 2**32 - 1)], [0, 1, 2, 3]).tokens_B
     noise = [
       jax.random.gumbel(jax.random.fold_in(jax.random.key(np.uint32(s)), p), (V,))
@@ -198,20 +198,20 @@ class TestLogprobs:
     np.testing.assert_array_equal(out.top_tokens_Bn, order)
     np.testing.assert_allclose(out.top_logprobs_Bn, np.take_along_axis(truth, order, 1), atol=2e-6)
 
-  def test_none_asked(self):
+  def test_no_logprobs(self):
     out = draw(np.zeros((3, V)), [None] * 3, [0] * 3)
     assert out.top_tokens_Bn.shape == (3, 0)
 
 
 class TestCutVocabulary:
-  """Logits cut over devices under shard_map: the tokens, and nearly the log-probabilities, of one device."""
+  """Logits cut over devices under shard_map give the tokens of one device, and nearly its log-probabilities."""
 
   @pytest.mark.parametrize("axes", [(1, 2), (2, 2), (3, 1)], ids=str)
   def test_the_same_as_one_device(self, axes):
     devices = axes[0] * axes[1]
     rng = np.random.default_rng(devices)
     logits = random_logits(rng, 6)
-    logits[1, [3, 100]] = logits[1].max() + 1  # ties over a border of two devices
+    logits[1, [3, 100]] = logits[1].max() + 1  # ties across the border between two devices
     logits[4] = np.round(logits[4])
     params = [
       SamplingParams(),
@@ -289,7 +289,7 @@ class TestParams:
     SamplingParams(temperature=0, top_k=0, top_p=1, min_p=0, seed=2**32 - 1, max_new_tokens=1, logprobs=0)
 
   def test_extreme_temperatures(self):
-    """Next to zero it is greedy, and nothing overflows into NaN."""
+    """Near zero, sampling is greedy, and no value overflows into NaN."""
     logits = random_logits(np.random.default_rng(9), 4)
     for temperature in (1e-6, 1e-30, 1e30):
       out = draw(logits, [SamplingParams(temperature, top_p=0.9, top_k=50, seed=3)] * 4, range(4))
