@@ -40,6 +40,8 @@ if TYPE_CHECKING:
   from jaxfp8.sharding import make_mesh as make_mesh
   from jaxfp8.text.tokenizer import Tokenizer as Tokenizer
 
+  __version__: str
+
 _HOME = {
   "Completion": "serving.request_output",
   "DecodeBatch": "model.batch",

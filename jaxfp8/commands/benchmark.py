@@ -73,7 +73,7 @@ def main() -> int:
 
 def _check() -> None:
   for name in ("batch", "prompt_tokens"):
-    for value in FLAGS[name].value:
+    for value in getattr(FLAGS, name):
       if not value.isdigit() or int(value) < 1:
         raise InputError(f"benchmark: --{name} must be positive whole numbers; got {value!r}. Pass for example --{name}=1,8.")
   for value in FLAGS.weights:

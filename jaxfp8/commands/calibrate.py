@@ -99,7 +99,7 @@ def _chunks(source):
   tokens, bos = evaluate.encode(source, text)
   if FLAGS.text:
     return cut_text(tokens, bos, FLAGS.tokens, FLAGS.context), name
-  held_out = quality.cut_chunks(tokens, evaluate.FLAGS["tokens"].default, evaluate.FLAGS["context"].default, bos)
+  held_out = quality.cut_chunks(tokens, evaluate.DEFAULT_TOKENS, evaluate.DEFAULT_CONTEXT, bos)
   return quality.cut_training_chunks(tokens, FLAGS.tokens, FLAGS.context, held_out, bos), name
 
 

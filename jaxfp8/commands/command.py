@@ -14,6 +14,7 @@ answered at once, and a machine with the CUDA wheels but no driver shows no trac
 import contextlib
 import dataclasses
 import inspect
+import io
 import logging
 import os
 import pathlib
@@ -28,6 +29,9 @@ from absl import flags
 from jaxfp8.errors import InputError
 
 DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
+# Modules that are asked to stop only in a process that has imported them: they load jax. A test looks up the names.
+PROCESSES_MODULE = "jaxfp8.distributed.processes"
+UNFINISHED_MODULE = "jaxfp8.checkpoint.unfinished"
 INTERRUPTED, TERMINATED = 130, 143  # the exit codes of a program that Ctrl-C or SIGTERM ended
 _excepthook = sys.excepthook
 _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # clears the line and shows the cursor that an interrupted progress bar has hidden
@@ -147,7 +151,7 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
   arguments = sys.argv[1:] if arguments is None else list(arguments)
   choose_platform()
   for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-    if hasattr(stream, "reconfigure"):
+    if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors=errors)
   if {"--help", "-h", "-help"} & set(arguments):
     from jaxfp8.commands.command_help import format_help
@@ -173,12 +177,12 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code = 1
   except Exception:
-    if not (hosts := sys.modules.get("jaxfp8.distributed.processes")) or hosts.count() == 1:
+    if not (processes := sys.modules.get(PROCESSES_MODULE)) or processes.count() == 1:
       raise
     traceback.print_exc()
     code = 1
-  if hosts := sys.modules.get("jaxfp8.distributed.processes"):
-    hosts.leave(code or 0)
+  if processes := sys.modules.get(PROCESSES_MODULE):
+    processes.leave(code or 0)
   sys.exit(code or 0)
 
 
@@ -222,23 +226,22 @@ def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + "Stopped.\n").encode())
-  hosts = sys.modules.get("jaxfp8.distributed.processes")
-  if hasattr(hosts, "announce"):
-    hosts.announce("Stopped.")
-  unfinished = sys.modules.get("jaxfp8.checkpoint.unfinished")
-  if hasattr(unfinished, "abandon_unfinished"):
-    unfinished.abandon_unfinished()
+  # A module that is still being imported has no such function yet.
+  if announce := getattr(sys.modules.get(PROCESSES_MODULE), "announce", None):
+    announce("Stopped.")
+  if abandon_unfinished := getattr(sys.modules.get(UNFINISHED_MODULE), "abandon_unfinished", None):
+    abandon_unfinished()
   os._exit(code)
 
 
 def silence_libraries() -> None:
-  """Orbax logs a damaged checkpoint in pages, and then we say it in a sentence."""
+  """Turns off the logs of libraries: Orbax logs pages about a damaged checkpoint, and the command prints one sentence."""
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def choose_platform() -> None:
-  """The CPU where no NVIDIA driver is, unless JAX_PLATFORMS says otherwise. Call before jax is imported."""
+  """Sets JAX_PLATFORMS=cpu on a machine without an NVIDIA driver, unless it is set. To be called before jax is imported."""
   driver = any(pathlib.Path("/dev").glob("nvidia[0-9]*")) or any(
     pathlib.Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/nvhost-gpu")
   )

@@ -16,12 +16,13 @@ values.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import flags
@@ -168,7 +169,7 @@ def _convert(source, activations: str) -> tuple[list[str], list[str], float, flo
   if held_out and training and held_out.tokens == training.tokens:
     raise InputError("convert: --text must be held out from calibration; it is the --calibration_text. Pass another --text.")
   gate = _Gate()
-  if FLAGS.gate:
+  if FLAGS.gate and held_out:
     limits = quality_gate.Limits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
     chunks = quality.cut_chunks(held_out.tokens, FLAGS.tokens, FLAGS.context, held_out.bos)
     gate = _Gate(quality_gate.gate(source, chunks, limits, held_out.name))
@@ -216,7 +217,7 @@ def _kept(source, recipe, held_out: _Text | None, progress) -> list[str]:
   from jaxfp8.checkpoint.quantized_source import QuantizedSource
   from jaxfp8.quantization import quality, quality_gate
 
-  if not _measures():
+  if held_out is None or not _measures():
     return FLAGS.keep_bf16
   for wish in FLAGS.keep_bf16:  # mistakes before minutes of work
     if quality_gate.parse_auto(source, wish) is None:
@@ -231,13 +232,13 @@ class _Gate:
   """A check that knows how long it took; none without a gate."""
 
   def __init__(self, judged=None):
-    self._judged, self.seconds = judged, 0.0
-    self.check = self._check if judged else None
+    self.seconds = 0.0
+    self.check = functools.partial(self._check, judged) if judged else None
 
-  def _check(self, folder: pathlib.Path) -> dict:
+  def _check(self, judged: Callable[[pathlib.Path], dict], folder: pathlib.Path) -> dict:
     start = time.perf_counter()
     try:
-      return self._judged(folder)
+      return judged(folder)
     finally:
       self.seconds = time.perf_counter() - start
 
@@ -264,7 +265,7 @@ def _digest(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
-    raise InputError(f"convert: cannot read {path}: {os.strerror(error.errno)}. Fetch the checkpoint again.") from error
+    raise InputError(f"convert: cannot read {path}: {error.strerror}. Fetch the checkpoint again.") from error
 
 
 def _few(notes: list[str]) -> list[str]:

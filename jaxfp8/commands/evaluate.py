@@ -53,6 +53,7 @@ REFERENCES = ("f32", "bf16")
 TOPICS_PYTHON = "3.12.1"
 TOPICS_SHA256 = "a783e3b11f1e1fb3f70beed4f70fd49df4e94fad6677a2850094360e352928cd"
 CALIBRATION_CONTEXT = 256
+DEFAULT_TOKENS, DEFAULT_CONTEXT = 4096, 256  # the part of the text that is predicted
 LAYER_CONTEXT = 128  # short chunks, so that few positions still give intervals
 
 
@@ -63,8 +64,8 @@ _recipes(flags.DEFINE_enum, "reference", "f32", REFERENCES, "What the source wei
 
 _text = Topic("Text", FLAGS)
 _text(flags.DEFINE_string, "text", None, "UTF-8 text to predict; the default is CPython's pydoc_data.topics.")
-_text(flags.DEFINE_integer, "tokens", 4096, "Positions to predict, in chunks spread evenly over the text.")
-_text(flags.DEFINE_integer, "context", 256, "Tokens of a chunk; each is a prompt of its own.")
+_text(flags.DEFINE_integer, "tokens", DEFAULT_TOKENS, "Positions to predict, in chunks spread evenly over the text.")
+_text(flags.DEFINE_integer, "context", DEFAULT_CONTEXT, "Tokens of a chunk; each is a prompt of its own.")
 
 _costs = Topic("Cost of single layers and matrices", FLAGS)
 _costs(flags.DEFINE_bool, "layers", False, "Also what quantizing each single layer costs (its weights, all else f32).")

@@ -134,13 +134,14 @@ def _run(prompts: list[str], started: float) -> int:
     loaded = startup.open_model(_load_options(), progress)
     tokenizer = loaded.tokenizer()
     chat = _is_chat(tokenizer, loaded.name)
+    requests: list[Request] = []
     if FLAGS.interactive:
       lengths = [(loaded.model.config.max_context - 1, 1), (1, 1)]
     else:
-      requests = followers.share([Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts])
+      requests = followers.share([Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts]) or []
       lengths = [(len(request.prompt), params.max_new_tokens) for request in requests]
     engine = Engine(loaded.model, tokenizer, mesh=loaded.mesh, limits=startup.limits_for(loaded.model, loaded.mesh, lengths))
-    for request in () if FLAGS.interactive else requests:
+    for request in requests:
       engine.encode(request.prompt)  # refuses a prompt that is too long, before compilation takes its time
     with progress.task("Compiling"):
       _compile(engine)

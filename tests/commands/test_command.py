@@ -181,6 +181,12 @@ class TestMain:
     assert (entry.name, entry.load()) == ("jaxfp8", main.main)
 
 
+def test_the_functions_that_end_a_process_exist():
+  processes, unfinished = map(importlib.import_module, (command.PROCESSES_MODULE, command.UNFINISHED_MODULE))
+  assert all(callable(getattr(processes, name)) for name in ("announce", "count", "leave"))
+  assert callable(unfinished.abandon_unfinished)
+
+
 def test_every_module_of_a_command_says_its_command():
   for name in main.COMMANDS:
     assert load(name).name == name and callable(load(name).main)
