@@ -67,6 +67,7 @@ def source(tmp_path):
   return tiny_models.write_hf_folder(tmp_path / "source", CONFIG, tiny_models.make_weights(CONFIG))
 
 
+@pytest.mark.process
 def test_files_are_read_once(source, tmp_path):
   ran = commands.run(source, tmp_path / "cache", script=STARTS, env={"JAX_PLATFORMS": "cpu"})
   assert ran.code == 0, ran.err
@@ -126,6 +127,7 @@ class TestRelativePaths:
     assert checkpoint.path.is_relative_to(here / "cache")
     assert_same(load(checkpoint), load(here / "source"))
 
+  @pytest.mark.process
   def test_the_command(self, tmp_path):
     chain = commands.write_chain(tmp_path / "chain")
     jaxfp8.convert_checkpoint(chain, tmp_path / "ours", Recipe("f32", "channel", "f32", "f32"))

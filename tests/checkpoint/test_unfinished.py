@@ -111,6 +111,7 @@ cli.run(cli.Command("stopped", main, flags.FlagValues()), [])
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("point", ["enter", "journal", "write"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
 def test_a_command(source, tmp_path, point, number, code):
