@@ -1,7 +1,8 @@
-"""Operations of an FP8 Llama on raw arrays: `fp8_matmul`, `paged_attention`, `page_write` and what lies between them.
+"""The operations of an FP8 Llama on raw arrays: `fp8_matmul`, `paged_attention`, and the small operations between them.
 
-Each operation is a folder: `api.py` checks the call and dispatches, `reference.py` is the plain truth, the other files are
-implementations for one kind of hardware. This package never imports jaxfp8.
+Each operation is a folder: `api.py` checks the call and dispatches, `reference.py` is the plain truth, and every implementation
+is a file named after the hardware that it runs on; README.md lists the files. `dispatch.py` has the one table of kernels.
+Refuses to know models, checkpoints and engines. Imports jax and nothing of jaxfp8.
 """
 
 from pallas_kernels.debug import debug_checks
