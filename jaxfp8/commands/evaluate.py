@@ -177,6 +177,8 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
     raise InputError(f"evaluate: {path} is converted already; what it costs is measured against its source. Pass the source.")
   text, text_name = read_text(FLAGS.text)
   source = readers.open_source(path)
+  for name in FLAGS.keep_bf16:  # refuses a wrong N before minutes of work
+    quality_gate.parse_auto(source, name)
   tokens, bos = encode(source, text)
   chunks = quality.cut_chunks(tokens, FLAGS.tokens, FLAGS.context, bos)
   training = quality.cut_training_chunks(tokens, FLAGS.calibration_tokens, CALIBRATION_CONTEXT, chunks, bos)
@@ -201,7 +203,7 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
       reference = quality.Reference(base, chunks)
     result["reference_perplexity"] = _plain(quality.bootstrap(reference.nll, quality.EXP))
     short = quality.cut_chunks(tokens, FLAGS.layer_tokens, min(FLAGS.context, LAYER_CONTEXT), bos)
-    if FLAGS.matrices or any(wish.startswith("auto:") for wish in FLAGS.keep_bf16):
+    if FLAGS.matrices or any(map(quality_gate.is_auto, FLAGS.keep_bf16)):
       with progress.task("Matrices one at a time") as report:
         result["matrices"] = quality_gate.matrix_costs(source, FLAGS.layer_granularity, short, report)
     keep = _kept(source, result.get("matrices", ()))
@@ -232,8 +234,8 @@ def _kept(source, costs) -> list[str]:
   """--keep_bf16 with auto:N made explicit."""
   from jaxfp8.quantization import quality_gate
 
-  wishes = [(wish, quality_gate.parse_auto(source, wish)) for wish in FLAGS.keep_bf16]
-  return [e for wish, count in wishes for e in ([wish] if count is None else quality_gate.costliest(costs, count))]
+  counts = [(name, quality_gate.parse_auto(source, name)) for name in FLAGS.keep_bf16]
+  return [e for name, count in counts for e in ([name] if count is None else quality_gate.costliest(costs, count))]
 
 
 class _Models:
