@@ -153,15 +153,15 @@ def _plot(rows: list[dict], path: str) -> None:
   figure = new_figure(9, 5)
   axes = figure.subplots()
   lengths = sorted({row["prompt_tokens"] for row in rows})
-  for place, weights in enumerate(dict.fromkeys(row["weights"] for row in rows)):
+  for index, weights in enumerate(dict.fromkeys(row["weights"] for row in rows)):
     for length, marker in zip(lengths, MARKERS, strict=False):
       mine = [row for row in rows if (row["weights"], row["prompt_tokens"]) == (weights, length)]
       batches = [row["batch"] for row in mine]
       axes.plot(
-        batches, [row["decode_tok_s"] for row in mine], marker=marker, color=COLOURS[place], label=f"{weights}, prompt {length}"
+        batches, [row["decode_tok_s"] for row in mine], marker=marker, color=COLOURS[index], label=f"{weights}, prompt {length}"
       )
       if length == lengths[0]:
-        axes.plot(batches, [row["ceiling_tok_s"] for row in mine], "--", color=COLOURS[place], label=f"{weights}, roofline")
+        axes.plot(batches, [row["ceiling_tok_s"] for row in mine], "--", color=COLOURS[index], label=f"{weights}, roofline")
   axes.set(xscale="log", yscale="log", xlabel="sequences at once", ylabel="decode tokens/s, all sequences")
   batches = sorted({row["batch"] for row in rows})
   axes.set_xticks(batches, [str(batch) for batch in batches])

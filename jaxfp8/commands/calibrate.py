@@ -114,8 +114,8 @@ def cut_text(tokens: list[int], bos: int | None, num_tokens: int, context: int):
 def _print_table(lines: list[dict]) -> None:
   """The largest size of each, and the largest that each choice of scales represents."""
   table = Table(box=None, pad_edge=False)
-  for place, header in enumerate(("layer", "of", "amax", "percentile", "mse")):
-    table.add_column(header, justify="left" if place == 1 else "right", no_wrap=True)
+  for column, header in enumerate(("layer", "of", "amax", "percentile", "mse")):
+    table.add_column(header, justify="left" if column == 1 else "right", no_wrap=True)
   for line in lines:
     sizes = [max(line["amax"]), *(FLOAT8_MAX * max(line[name]) for name in ("percentile", "mse"))]
     table.add_row(str(line["layer"]), line["of"], *(f"{size:.4g}" for size in sizes))

@@ -210,8 +210,8 @@ def _evaluate(recipes: dict[str, Recipe]) -> dict:
     models = _Models(source, training, keep)
     for name, recipe in recipes.items():
       with progress.task(f"Recipe {name}"):
-        found = quality.Quality.of(reference.score(models.load(recipe, rounding_of(name))), reference.nll)
-      result.setdefault("recipes", []).append({"recipe": name, **_plain(found)})
+        quality_of_recipe = quality.Quality.of(reference.score(models.load(recipe, rounding_of(name))), reference.nll)
+      result.setdefault("recipes", []).append({"recipe": name, **_plain(quality_of_recipe)})
     result["keep_bf16"] = keep
     if FLAGS.layers or FLAGS.plot:
       reference = models = None
@@ -252,14 +252,14 @@ class _Models:
     keep = self.keep if recipe.weights == "fp8" else []
     if rounding == "nearest" and not (recipe.activations.is_static or recipe.kv.is_static):
       return load.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
-    wanted = recipe.weights, recipe.granularity, rounding
-    if self._last is None or self._last[0] != wanted:
+    key_of_weights = recipe.weights, recipe.granularity, rounding
+    if self._last is None or self._last[0] != key_of_weights:
       calibrator = calibration.Calibrator(self.source, recipe, self.training, rounding, FLAGS.scales, keep)
-      found = {key: array for _, group in calibrator.layers() for key, array in group.items()}
-      self._last = wanted, calibrator, found
-    _, calibrator, found = self._last
+      arrays = {key: array for _, group in calibrator.layers() for key, array in group.items()}
+      self._last = key_of_weights, calibrator, arrays
+    _, calibrator, arrays = self._last
     model = calibration.abstract_calibrated(calibrator, recipe, FLAGS.implementation)
-    return calibration.load_calibrated(model, calibrator, found)
+    return calibration.load_calibrated(model, calibrator, arrays)
 
 
 def _score_layers(source, chunks, progress) -> dict:
@@ -273,8 +273,8 @@ def _score_layers(source, chunks, progress) -> dict:
   reference, lines = quality.Reference(f32, chunks), []
   with progress.task("Layers one at a time") as report:
     for layer in range(source.config.num_layers):
-      found = quality.Quality.of(reference.score(quality.with_layers(f32, quantized, [layer])), reference.nll)
-      lines.append({"layer": layer, **_plain(found)})
+      score = quality.Quality.of(reference.score(quality.with_layers(f32, quantized, [layer])), reference.nll)
+      lines.append({"layer": layer, **_plain(score)})
       report(layer + 1, source.config.num_layers)
     together = quality.Quality.of(reference.score(quantized), reference.nll)
   return {"layers": lines, "all_layers": _plain(together), "layer_tokens": int(chunks[:, 1:].size)}

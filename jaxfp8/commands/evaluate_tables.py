@@ -1,4 +1,4 @@
-"""How `jaxfp8 evaluate` shows what it found: tables for a terminal, Markdown for the README."""
+"""The results of `jaxfp8 evaluate` as tables for a terminal and as Markdown for the README."""
 
 import sys
 
@@ -10,7 +10,7 @@ COSTLIEST = 20  # lines of the matrices' table; the JSON object has all
 
 
 def conditions(result: dict) -> str:
-  """What the figures were measured on."""
+  """One sentence with the model, device, text and reference of the figures."""
   return (
     f"{result['model']} on {result['device']}, jax {result['jax']}; {result['tokens']:,} positions of {result['text']} in "
     f"{result['chunks']} chunks of {result['context']}; reference: source weights in {result['reference']}, perplexity "
@@ -66,8 +66,8 @@ def print_tables(result: dict) -> None:
 
 def _print_table(console: Console, headers: tuple[str, ...], lines: list[dict]) -> None:
   table = Table(box=None, pad_edge=False)
-  for place, header in enumerate(headers):
-    table.add_column(header, justify="right" if place else "left", no_wrap=True)
+  for column, header in enumerate(headers):
+    table.add_column(header, justify="right" if column else "left", no_wrap=True)
   for line in lines:
     table.add_row(*_cells(line))
   console.print(table)

@@ -120,15 +120,15 @@ def _outliers(lines: list[dict]) -> list[dict]:
     match = re.match(r"model\.layers\.(\d+)\.(.*\.scale)\[", line["key"])
     if match:
       by_matrix.setdefault(match[2], []).append((int(match[1]), line["largest"]))
-  found = []
+  outliers = []
   for matrix, scales in by_matrix.items():
     median = statistics.median(scale for _, scale in scales)
-    found += [
+    outliers += [
       {"layer": layer, "matrix": matrix.removesuffix(".scale"), "scale": scale, "times_median": scale / median}
       for layer, scale in scales
       if median > 0 and scale > FLAGS.outlier * median
     ]
-  return sorted(found, key=lambda entry: -entry["times_median"])
+  return sorted(outliers, key=lambda entry: -entry["times_median"])
 
 
 def _bytes_per_device(manifest, tensor: int) -> int:
@@ -151,8 +151,8 @@ def _wrong_texts(folder: pathlib.Path, raw: dict) -> list[str]:
   from jaxfp8.checkpoint.manifest import digest_of
 
   wrong = []
-  for name, known in raw["checksums"].items():
-    if "[" not in name and hashlib.sha256((folder / name).read_bytes()).hexdigest() != known:
+  for name, digest in raw["checksums"].items():
+    if "[" not in name and hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
       wrong.append(name)
   return wrong if digest_of(raw) == raw.get("sha256") else [*wrong, "jaxfp8.json"]
 
@@ -160,8 +160,8 @@ def _wrong_texts(folder: pathlib.Path, raw: dict) -> list[str]:
 def _print(result: dict) -> None:
   console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
   table = Table(box=None, pad_edge=False)
-  for place, header in enumerate(("tensor", "dtype", "shape", "bytes", "scales", "saturated", "zero")):
-    table.add_column(header, justify="right" if place > 2 else "left", no_wrap=True)
+  for column, header in enumerate(("tensor", "dtype", "shape", "bytes", "scales", "saturated", "zero")):
+    table.add_column(header, justify="right" if column > 2 else "left", no_wrap=True)
   for line in result["tensors"]:
     scales = f"{line['least']:.3g} .. {line['largest']:.3g}" if "least" in line else ""
     shares = [format_share(line[name]) if name in line else "" for name in ("saturated", "zero")]
@@ -184,12 +184,12 @@ def _print(result: dict) -> None:
     console.print(f"{title:<12} {value}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _quality(found: dict) -> str:
-  kl, ratio, top1 = (found[name]["value"] for name in ("kl", "perplexity_ratio", "top1"))
-  limits = ", ".join(f"{name} {value:g}" for name, value in found["limits"].items() if value is not None)
+def _quality(score: dict) -> str:
+  kl, ratio, top1 = (score[name]["value"] for name in ("kl", "perplexity_ratio", "top1"))
+  limits = ", ".join(f"{name} {value:g}" for name, value in score["limits"].items() if value is not None)
   return (
-    f"KL {kl:.4g} nats [{found['kl']['low']:.4g}, {found['kl']['high']:.4g}], perplexity times {ratio:.4g}, top-1 agreement "
-    f"{format_share(top1)}; {found['positions']:,} positions of {found['text']} against the source; limits: {limits or 'none'}"
+    f"KL {kl:.4g} nats [{score['kl']['low']:.4g}, {score['kl']['high']:.4g}], perplexity times {ratio:.4g}, top-1 agreement "
+    f"{format_share(top1)}; {score['positions']:,} positions of {score['text']} against the source; limits: {limits or 'none'}"
   )
 
 

@@ -59,7 +59,7 @@ def help_text() -> str:
 
 def _unknown(name: str) -> str:
   near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5) or [
-    known for known in COMMANDS if known.startswith(name[:2])
+    command_name for command_name in COMMANDS if command_name.startswith(name[:2])
   ]
   suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
   return f"jaxfp8: there is no command {name!r}.{suggestion} {_HINT}"
