@@ -14,6 +14,7 @@ Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not fo
 
 import json
 import re
+from typing import Any
 
 from absl import flags
 
@@ -53,7 +54,7 @@ def main() -> int:
   spec = load_device(FLAGS.device)
   target_config(spec)  # refuses what is no GPU
   target = kernel_target(spec)
-  if not dispatch.KERNELS.get(target.capability):
+  if target.capability is None or not dispatch.KERNELS.get(target.capability):
     reason = dispatch.without_kernels(target.capability)
     raise InputError(f"compile: {spec.name}: {reason}, so nothing is compiled. Pass --device=h100.")
   results = compile_cases(FLAGS.device, [case.name for case in cases], FLAGS.timeout)
@@ -65,10 +66,10 @@ def main() -> int:
   return int(any(row["error"] or row["spill_bytes"] or row["stack_bytes"] for row in rows))
 
 
-def describe(case, result, spec, target) -> list[dict]:
+def describe(case, result: Any, spec, target) -> list[dict]:
   """A row for each kernel of a call; bytes and operations stand with the first. `result`: reports, or what went wrong."""
   row = {"kernel": f"{case.operation}/{case.name}", "device": spec.name, "error": result if isinstance(result, str) else ""}
-  if row["error"]:
+  if isinstance(result, str):
     return [row | dict.fromkeys(("registers", "spill_bytes", "stack_bytes", "smem_bytes", "bytes_in_flight", "opcodes"))]
   rows = []
   for number, report in enumerate(result):

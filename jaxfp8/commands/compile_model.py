@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -33,7 +34,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def main(flag_values: flags.FlagValues) -> int:
   """Compiles and prints. Raises InputError for what cannot be compiled."""
-  given = {name: flag_values[name].value for name in FLAG_NAMES if name != "save"}
+  given: dict[str, Any] = {name: flag_values[name].value for name in FLAG_NAMES if name != "save"}
   question = Question.of(flag_values.model, flag_values.device, **given)
   result = budgets(question, timeout_s=flag_values.timeout, save=flag_values.save)
   answer = {"model": question.config.name, "device": question.device, "recipe": vars(question.recipe), **given, **result}

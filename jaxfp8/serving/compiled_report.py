@@ -54,7 +54,8 @@ def measure(question: Question, kind: str, save: pathlib.Path | None = None) -> 
   spec = load_device(question.device)
   steps = make_steps(question, spec)
   sequences = question.batch // question.mesh.data
-  size, lengths = (sequences, (question.context,) * sequences) if kind == "decode" else (question.prefill, (question.prefill,))
+  prefill = question.prefill or 0
+  size, lengths = (sequences, (question.context,) * sequences) if kind == "decode" else (prefill, (prefill,))
   begin, cpu = time.perf_counter(), time.process_time()
   with tempfile.TemporaryDirectory() as dump:
     with deviceless.lowering_for(spec), costs.recording(lengths) as calls:
@@ -63,7 +64,7 @@ def measure(question: Question, kind: str, save: pathlib.Path | None = None) -> 
     program = steps.build(lowered, xla_dump_to=dump)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
     thunks = next(pathlib.Path(dump).glob("*thunk_sequence_after_thunk_passes.txt")).read_text()
-  text = program.as_text()
+  text = program.as_text() or ""
   record = {
     "tokens": size,
     "compile_seconds": round(seconds, 3),
@@ -95,7 +96,7 @@ def _export(steps: CompiledSteps, kind: str, size: int) -> bytes:
   leaves, tree = jax.tree.flatten(arguments)
   state = range(steps.num_weights, steps.num_weights + len(jax.tree.leaves(arguments[1])))
   flat = jax.jit(lambda *leaves: tuple(jax.tree.leaves(step(*jax.tree.unflatten(tree, leaves)))), donate_argnums=tuple(state))
-  return jax.export.export(flat, platforms=["cuda"])(*leaves).serialize()
+  return bytes(jax.export.export(flat, platforms=["cuda"])(*leaves).serialize())
 
 
 def _counts(steps: CompiledSteps) -> tuple[int, int]:
@@ -105,7 +106,8 @@ def _counts(steps: CompiledSteps) -> tuple[int, int]:
 
 def _memory(program: jax.stages.Compiled, text: str, steps: CompiledSteps) -> dict[str, int]:
   """Bytes on one device. weight_bytes and kv_bytes are those of the program's own arguments."""
-  memory, parsed = program.memory_analysis(), hlo.parse(text)
+  memory: Any = program.memory_analysis()
+  parsed = hlo.parse(text)
   sizes = {int(x.operands[0]): x.bytes for x in parsed.computations[parsed.entry] if x.opcode == "parameter"}
   weights, pools = _counts(steps)
   return {

@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import jax
 import numpy as np
@@ -172,13 +173,13 @@ class Engine:
     else:
       rows = size = limits.decode_size(plan.num_tokens)
     parts = [_shard_arrays(chunks, rows, size, limits.max_pages, plan.kind) for chunks in plan.shards]
-    tokens, starts, lengths, table = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    tokens, starts, lengths, table = (_host_array(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
     batch = DecodeBatch(tokens, lengths, table) if plan.kind == "decode" else PrefillBatch(tokens, starts, lengths, table)
     padded = [chunk for shard in plan.shards for chunk in (*shard, *[None] * (rows - len(shard)))]
     return StepInput(
       batch=batch,
-      place_B=np.array([chunk.sequence.place if chunk else limits.max_sequences for chunk in padded], np.int32),
-      emit_B=np.array([bool(chunk and chunk.emits) for chunk in padded]),
+      place_B=_host_array([chunk.sequence.place if chunk else limits.max_sequences for chunk in padded], np.int32),
+      emit_B=_host_array([bool(chunk and chunk.emits) for chunk in padded]),
       sampling=SamplingBatch.of(
         [outputs[chunk.sequence].params if chunk else None for chunk in padded],
         [chunk.sequence.num_prompt if chunk else 0 for chunk in padded],
@@ -199,6 +200,11 @@ class Engine:
       if delta.completion:
         scheduler.finish(sequence)
       yield delta
+
+
+def _host_array(values: Any, dtype: Any = None) -> Any:
+  """A numpy array, typed as Any: it becomes a `jax.Array` when the step is called."""
+  return np.asarray(values, dtype)
 
 
 def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> Limits:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
@@ -14,7 +15,7 @@ from jaxfp8.serving.engine import Engine, Request
 def share(requests: Sequence[Request] | None = None) -> list[Request] | None:
   """The first process's requests (prompts as token ids) in every process; None tells that no more will come."""
   if hosts.count() == 1:
-    return requests
+    return None if requests is None else list(requests)
   plain = hosts.broadcast(requests and [[list(r.prompt), dataclasses.asdict(r.params)] for r in requests])
   return plain and [Request(tuple(prompt), _params(fields)) for prompt, fields in plain]
 
@@ -33,6 +34,7 @@ def _drain(engine: Engine, requests: Sequence[Request]) -> None:
   collections.deque(engine.stream(requests), maxlen=0)
 
 
-def _params(fields: dict) -> SamplingParams:
-  """JSON has no tuples."""
-  return SamplingParams(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+def _params(fields: dict[str, Any]) -> SamplingParams:
+  """SamplingParams from a JSON object, which has lists in place of tuples."""
+  values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+  return SamplingParams(**values)

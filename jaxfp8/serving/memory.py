@@ -1,8 +1,8 @@
 """How much memory devices have free, and whether a KV pool fits into it: the same answer in every process."""
 
 import resource
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxfp8.distributed import processes as hosts
@@ -13,7 +13,7 @@ from jaxfp8.serving.steps import Limits
 from jaxfp8.sharding import KV
 
 
-def free_bytes(device: jax.Device) -> int:
+def free_bytes(device: Any) -> int:
   """Memory that this process may still take on `device`; on a CPU, what the operating system calls available."""
   if device.platform == "cpu":
     with open("/proc/meminfo", encoding="ascii") as file:

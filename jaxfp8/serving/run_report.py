@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -61,7 +62,9 @@ def make_report(
   on_cpu = jax.devices()[0].platform == "cpu"
   cost = _median_decode_cost(engine, recipe, ONE_DEVICE if on_cpu else mesh)
   seconds = stats.decode_seconds / len(stats.decode_lengths) if stats.decode_lengths else 0.0
-  known = bool(cost and device and seconds)
+  fraction, sentence = None, ""
+  if cost and device and seconds:
+    fraction, sentence = cost.memory_bytes / seconds / device.bandwidth, explain(cost, device, seconds)
   first = sorted(completion.ttft_s for completion in completions)
   return Report(
     device=device.title if device else jax.devices()[0].device_kind,
@@ -75,12 +78,12 @@ def make_report(
     decode_tokens=stats.decode_tokens,
     decode_tok_s=_rate(stats.decode_tokens, stats.decode_seconds),
     decode_step_bytes=cost.memory_bytes if cost else 0,
-    bandwidth_fraction=cost.memory_bytes / seconds / device.bandwidth if known else None,
-    bound=explain(cost, device, seconds) if known else "",
+    bandwidth_fraction=fraction,
+    bound=sentence,
   )
 
 
-def find_device(device: jax.Device, cache_dir: str = "") -> DeviceSpec | None:
+def find_device(device: Any, cache_dir: str = "") -> DeviceSpec | None:
   """What is known of a JAX device: this CPU measured, or the entry of configs/devices whose name its kind contains."""
   if device.platform == "cpu":
     return measure_cpu(cache_dir)

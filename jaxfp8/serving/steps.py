@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import time
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,7 +29,7 @@ from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import Sampled, SamplingBatch, sample
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import program_cache
-from jaxfp8.sharding import DATA, TENSOR, concatenate_over, mesh_shape
+from jaxfp8.sharding import DATA, TENSOR, abstract_array, concatenate_over, mesh_shape
 from pallas_kernels import Target, conformance, debug, float8_bytes
 
 # A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
@@ -223,8 +224,8 @@ class CompiledSteps:
 
   def abstract_inputs(self, kind: str, size: int) -> StepInput:
     shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
-    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    ints = functools.partial(abstract_array, dtype=jnp.int32)
+    floats = functools.partial(abstract_array, dtype=jnp.float32)
     tokens, lengths = ints((shards * size,)), ints((shards * rows,))
     table = ints((shards * rows, self.limits.max_pages))
     if kind == "prefill":
@@ -232,9 +233,9 @@ class CompiledSteps:
     else:
       batch = DecodeBatch(tokens, lengths, table)
     B = (shards * rows,)
-    seeds = jax.ShapeDtypeStruct(B, jnp.uint32)
+    seeds = abstract_array(B, jnp.uint32)
     sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
-    return StepInput(batch, ints(B), jax.ShapeDtypeStruct(B, jnp.bool_), sampling)
+    return StepInput(batch, ints(B), abstract_array(B, jnp.bool_), sampling)
 
   @property
   def num_weights(self) -> int:
@@ -253,7 +254,8 @@ class CompiledSteps:
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
-    return State(cache.specs(), PartitionSpec(DATA), PartitionSpec(DATA))
+    per_shard: Any = PartitionSpec(DATA)  # a State of partition specs, leaf by leaf
+    return State(cache.specs(), per_shard, per_shard)
 
   def _shardings(self, specs):
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -285,8 +287,10 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInp
     sequence_T, position_T = batch.token_positions()
     on_device = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
     batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, on_device, batch.tokens_T))
-  run = prefill if isinstance(batch, PrefillBatch) else decode
-  logits, cache = run(model, state.cache, batch)
+  if isinstance(batch, PrefillBatch):
+    logits, cache = prefill(model, state.cache, batch)
+  else:
+    logits, cache = decode(model, state.cache, batch)
   with jax.named_scope("history"):
     history = state.history
     position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 RUN = """
 import json, sys
 from jaxfp8.commands import command

@@ -13,7 +13,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -46,7 +46,7 @@ TUNED = ("skinny-w8a8", "skinny-w8a8-64-tokens", "decode-fp8", "wide-w8a8", "pre
 class Bench:
   """Where the stages run. rehearsal: on a CPU, kernels interpreted, small cases, times that say nothing about a GPU."""
 
-  device: jax.Device
+  device: Any  # a jax.Device
   spec: DeviceSpec | None
   target: Target
   timer: Callable
@@ -114,7 +114,7 @@ def conformance_record(bench: Bench, name: str) -> dict[str, Any]:
   for check in conformance.CHECKS:
     if check.name == name:
       kernel = "interpret" if bench.rehearsal else conformance.kernel_of(check.operation, bench.target)
-      outcome = conformance.run_one(check, kernel, bench.target)
+      outcome = conformance.run_one(check, cast(str, kernel), bench.target)
       return {"against": "xla", "passed": outcome.passed, **dataclasses.asdict(outcome)}
   case = bench.case(name)
   kernel = bench.kernel_of(case) or "xla"
