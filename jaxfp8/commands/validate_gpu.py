@@ -41,9 +41,7 @@ def main() -> int:
   if FLAGS.output and not pathlib.Path(FLAGS.output).absolute().parent.is_dir():
     raise InputError(f"validate-gpu: the folder of --output={FLAGS.output} does not exist. Make it first.")
   if FLAGS.tune and not FLAGS.cache_dir:
-    raise InputError(
-      "validate-gpu: --tune needs a folder for its results; --cache_dir is empty. Pass --notune."
-    )
+    raise InputError("validate-gpu: --tune needs a folder for its results; --cache_dir is empty. Pass --notune.")
   if os.environ.get("JAX_PLATFORMS") == "cpu" and not FLAGS.rehearse:
     raise InputError(
       "validate-gpu: needs an NVIDIA GPU, and there is none here that JAX may use. Run it where one is; jaxfp8 "

@@ -210,9 +210,7 @@ class TestStages:
     tuned.use_folder(tmp_path)
     target = Target("cuda", (9, 0), 8, "a GPU")
     stub = gpu_stages.dataclasses.replace(bench, target=target)
-    monkeypatch.setattr(
-      gpu_stages, "time_case", lambda bench, case, kernel: Timing(case.tiling(target).depth, "device")
-    )
+    monkeypatch.setattr(gpu_stages, "time_case", lambda bench, case, kernel: Timing(case.tiling(target).depth, "device"))
     record = gpu_stages.tuning_record(stub, "skinny-w8a8", lambda: False)
     assert record["written"] == str(tmp_path / "fp8_matmul" / "a-gpu.json"), record
     assert [found["key"]["regime"] for found in record["found"]] == ["skinny-16", "skinny-64"]
@@ -240,7 +238,7 @@ class TestParent:
     """A process that writes one record and is killed: the record and its last words come back."""
     fake = tmp_path / "python"
     fake.write_text(
-      '#!/bin/sh\nread request\n'
+      "#!/bin/sh\nread request\n"
       'echo \'{"stage": "timing", "name": "a"}\'; echo "LLVM ERROR: Cannot select" >&2; kill -ABRT $$\n'
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
