@@ -15,7 +15,7 @@ from jaxfp8.commands import command
 from jaxfp8.commands.command import Command
 from jaxfp8.commands.compile_model import heading, make_table
 from jaxfp8.errors import InputError
-from jaxfp8.planning.compile_request import Question, budgets
+from jaxfp8.planning.compile_request import CompileRequest, compiled_reports
 from jaxfp8.planning.devices import load_device
 from jaxfp8.units import format_bytes, format_seconds
 
@@ -45,7 +45,7 @@ def main() -> int:
   results = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
   for row in ROWS:
     if _name(row) not in results:
-      results[_name(row)] = budgets(_question(row))
+      results[_name(row)] = compiled_reports(_compile_request(row))
       if kept:
         kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
   (folder / "deviceless.md").write_text(make_page(results), encoding="utf-8")
@@ -58,9 +58,9 @@ def make_page(results: dict) -> str:
   return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _question(row) -> Question:
+def _compile_request(row) -> CompileRequest:
   model, device, tensor, changes = row
-  return Question.of(model, device, tensor=tensor, batch=BATCH, context=CONTEXT, prefill=PREFILL, **changes)
+  return CompileRequest.of(model, device, tensor=tensor, batch=BATCH, context=CONTEXT, prefill=PREFILL, **changes)
 
 
 def _name(row) -> str:
@@ -70,8 +70,8 @@ def _name(row) -> str:
 
 def _values(records: list[dict]) -> dict[str, str]:
   fp8, bf16 = records[0], records[1]
-  question, decode = _question(ROWS[0]), fp8["decode"]
-  full = "\n\n".join([heading(question), *(make_table(kind, fp8[kind], question) for kind in ("decode", "prefill"))])
+  asked, decode = _compile_request(ROWS[0]), fp8["decode"]
+  full = "\n\n".join([heading(asked), *(make_table(kind, fp8[kind], asked) for kind in ("decode", "prefill"))])
   most = max(record["decode"]["launches_per_layer"] for record in records)
   return {
     "conditions": f"batch {BATCH}, {CONTEXT:,} tokens of context a sequence, pages of 64 tokens",

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from jaxfp8.errors import InputError
-from jaxfp8.planning.compile_request import Question, budgets
+from jaxfp8.planning.compile_request import CompileRequest, compiled_reports
 from jaxfp8.planning.devices import load_device
 from jaxfp8.recipe import WEIGHT_PRECISIONS, Granularity
 from jaxfp8.units import format_bytes, format_seconds
@@ -35,10 +35,16 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 def main(flag_values: flags.FlagValues) -> int:
   """Compiles and prints. Raises InputError for what cannot be compiled."""
   given: dict[str, Any] = {name: flag_values[name].value for name in FLAG_NAMES if name != "save"}
-  question = Question.of(flag_values.model, flag_values.device, **given)
-  result = budgets(question, timeout_s=flag_values.timeout, save=flag_values.save)
-  answer = {"model": question.config.name, "device": question.device, "recipe": vars(question.recipe), **given, **result}
-  table = "\n\n".join([heading(question), *(make_table(kind, result[kind], question) for kind in kinds(result))])
+  asked = CompileRequest.of(flag_values.model, flag_values.device, **given)
+  result = compiled_reports(asked, timeout_s=flag_values.timeout, save=flag_values.save)
+  answer = {
+    "model": asked.config.name,
+    "device": asked.device,
+    "recipe": vars(asked.recipe),
+    **given,
+    **result,
+  }
+  table = "\n\n".join([heading(asked), *(make_table(kind, result[kind], asked) for kind in kinds(result))])
   if flag_values.save:
     folder = pathlib.Path(flag_values.save)
     (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
@@ -58,22 +64,20 @@ def kinds(result: dict) -> list[str]:
   return [kind for kind in ("decode", "prefill") if kind in result]
 
 
-def heading(question: Question) -> str:
-  recipe, mesh = question.recipe, question.mesh
-  title = load_device(question.device).title
+def heading(asked: CompileRequest) -> str:
+  recipe, mesh = asked.recipe, asked.mesh
+  title = load_device(asked.device).title
   scales = f" ({recipe.granularity} scales)" if recipe.weights == "fp8" else ""
   return (
-    f"{question.config.name} on {mesh.num_devices} x {title} (tensor {mesh.tensor}, data {mesh.data}), "
+    f"{asked.config.name} on {mesh.num_devices} x {title} (tensor {mesh.tensor}, data {mesh.data}), "
     f"{recipe.weights} weights{scales}, {recipe.activations} activations, {recipe.kv} KV; "
     "everything for one GPU, compiled without it. Times are floors."
   )
 
 
-def make_table(kind: str, record: dict, question: Question) -> str:
+def make_table(kind: str, record: dict, asked: CompileRequest) -> str:
   """What one step costs, a line each."""
-  tokens = (
-    f"{record['tokens']} sequences of {question.context:,} tokens" if kind == "decode" else f"{record['tokens']:,} tokens"
-  )
+  tokens = f"{record['tokens']} sequences of {asked.context:,} tokens" if kind == "decode" else f"{record['tokens']:,} tokens"
   times = ", ".join(f"{name} {format_seconds(ms / 1e3)}" for name, ms in record["times_ms"].items())
   layer = ", ".join(f"{number} x {name}" for name, number in record["collectives_in_layer"].items()) or "none"
   step = ", ".join(f"{number} x {name}" for name, number in record["collectives_elsewhere"].items()) or "none"

@@ -170,7 +170,7 @@ def _convert(source, activations: str) -> tuple[list[str], list[str], float, flo
     raise InputError("convert: --text must be held out from calibration; it is the --calibration_text. Pass another --text.")
   gate = _Gate()
   if FLAGS.gate and held_out:
-    limits = quality_gate.Limits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
+    limits = quality_gate.GateLimits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
     chunks = quality.cut_chunks(held_out.tokens, FLAGS.tokens, FLAGS.context, held_out.bos)
     gate = _Gate(quality_gate.gate(source, chunks, limits, held_out.name))
   if training:

@@ -103,12 +103,12 @@ def main() -> int:
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
   command.keep_compiled_programs(FLAGS.cache_dir)
-  from jaxfp8.quantization.quality_gate import Limits
+  from jaxfp8.quantization.quality_gate import GateLimits
 
   result = _evaluate(recipes)
   if FLAGS.plot:
     plot_layers(result["layers"], layers_title(result), FLAGS.plot)
-  limits = Limits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
+  limits = GateLimits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
   failures = [failure for line in result["recipes"] for failure in limits.failures(f"evaluate: {line['recipe']}", line)]
   if FLAGS.markdown:
     print(markdown(result), end="\n\n")

@@ -21,7 +21,7 @@ from absl import flags
 
 from jaxfp8.commands import answers, command, profiling
 from jaxfp8.commands.command import Command, Topic
-from jaxfp8.distributed.environment import Place
+from jaxfp8.distributed.environment import ProcessPlace
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity, Recipe
 
@@ -107,7 +107,7 @@ _PROCESS_FLAGS = {
 def main() -> int:
   """Answers the prompts in FLAGS. Raises InputError for unusable flags, files and checkpoints."""
   started = time.perf_counter()
-  process_place = Place(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_seconds)
+  process_place = ProcessPlace(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_seconds)
   if not process_place.is_one_of_many:
     return _run(_read_prompts(), started)
   from jaxfp8.distributed import processes

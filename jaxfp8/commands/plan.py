@@ -23,7 +23,7 @@ from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import round_up
 from jaxfp8.planning.advice import Speculation
-from jaxfp8.planning.compile_request import Question, budgets
+from jaxfp8.planning.compile_request import CompileRequest, compiled_reports
 from jaxfp8.planning.devices import device_names
 from jaxfp8.planning.planner import DeploymentPlan, plan_deployment
 from jaxfp8.planning.plots import plot_plan
@@ -38,12 +38,12 @@ PIPE_WIDTH = 120  # columns when the output is not a terminal
 FLAGS = flags.FlagValues()
 
 
-_question = Topic("Model and devices", FLAGS)
-_question(flags.DEFINE_string, "model", None, "Name in configs/models, TOML, config.json, checkpoint folder or GGUF file.")
-_question(flags.DEFINE_list, "device", [], "Name in configs/devices, a TOML of your own, or cpu; several only with --sweep.")
-_question(flags.DEFINE_integer, "count", None, "Devices in all: tensor times data.")
-_question(flags.DEFINE_integer, "tensor", None, "Devices over which one copy of the model is cut.")
-_question(flags.DEFINE_integer, "data", None, "Copies of the model.")
+_deployment = Topic("Model and devices", FLAGS)
+_deployment(flags.DEFINE_string, "model", None, "Name in configs/models, TOML, config.json, checkpoint folder or GGUF file.")
+_deployment(flags.DEFINE_list, "device", [], "Name in configs/devices, a TOML of your own, or cpu; several only with --sweep.")
+_deployment(flags.DEFINE_integer, "count", None, "Devices in all: tensor times data.")
+_deployment(flags.DEFINE_integer, "tensor", None, "Devices over which one copy of the model is cut.")
+_deployment(flags.DEFINE_integer, "data", None, "Copies of the model.")
 
 _workload = Topic("Workload", FLAGS)
 _workload(flags.DEFINE_list, "batch", ["1", "8", "32"], "Batch sizes, over all devices.")
@@ -161,8 +161,8 @@ def _compiled_temporaries(plan: DeploymentPlan, device: str) -> int:
     "prefill": min(asked.prompt, PREFILL_CHUNK),
     "page_tokens": asked.page_tokens,
   }
-  question = Question(asked.config, asked.recipe, device, asked.mesh, **sizes)
-  records = budgets(question, timeout_s=FLAGS.compile_timeout)
+  compile_request = CompileRequest(asked.config, asked.recipe, device, asked.mesh, **sizes)
+  records = compiled_reports(compile_request, timeout_s=FLAGS.compile_timeout)
   return max(records[kind]["temp_bytes"] for kind in ("decode", "prefill"))
 
 
@@ -197,7 +197,7 @@ COMMAND = Command(
   "plan",
   main,
   FLAGS,
-  topics=(_question, _workload, _precision, _measured, _speculation, _execution),
+  topics=(_deployment, _workload, _precision, _measured, _speculation, _execution),
   positionals=("model", "device"),
   json_help="Print one JSON object instead of tables.",
 )

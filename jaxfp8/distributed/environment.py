@@ -12,7 +12,7 @@ _KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessPlace:
   """What a user says of this process; None leaves it to SLURM or Kubernetes, whose words JAX reads.
 
   coordinator: HOST:PORT of process 0, or "auto". heartbeat_seconds: how long a process may be silent before all end.

@@ -13,12 +13,10 @@ others from C++: nothing may rely on `finally`. Uses jax._src.distributed, as Or
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
-import pathlib
 import sys
 import threading
 import time
@@ -29,8 +27,9 @@ import jax
 from jax._src import distributed
 from jax.sharding import Mesh
 
-from jaxfp8.distributed.environment import AUTO, Place
+from jaxfp8.distributed.environment import AUTO, ProcessPlace
 from jaxfp8.errors import InputError
+from jaxfp8.source_digest import source_digest
 
 START_SECONDS = 300  # how long processes wait for each other at the start
 _WAIT_MS = 10_000  # of one question to the store; they are repeated
@@ -44,7 +43,7 @@ class _FoundByAll(InputError):
   """Raised in every process, so that nobody needs to be told."""
 
 
-def join(place: Place) -> None:
+def join(place: ProcessPlace) -> None:
   """Meets the other processes. Call before JAX looks for devices; afterwards jax.devices() are those of all processes.
 
   Standard output is kept for what Python prints: Gloo and NCCL write to it too, and their words then go to stderr.
@@ -180,12 +179,9 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 
 def software() -> dict[str, str]:
-  """What this process runs, for `require_same`: versions, and a digest of our own source."""
-  digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[2]
-  for path in sorted([*root.glob("jaxfp8/**/*.py"), *root.glob("pallas_kernels/**/*.py")]):
-    digest.update(path.read_bytes())
+  """The software of this process, for `require_same`: versions, and a digest of our own source."""
   version = importlib.metadata.version("jaxfp8")
-  return {"version": f"jaxfp8 {version} ({digest.hexdigest()[:8]}) with jax {jax.__version__}"}
+  return {"version": f"jaxfp8 {version} ({source_digest()[:8]}) with jax {jax.__version__}"}
 
 
 def _client() -> Any:

@@ -1,9 +1,9 @@
 """Asks what the compiled steps of a deployment cost, in a child process. Imports no jax.
 
-    Question -> budgets -> {"decode": {...}, "prefill": {...}}     what step_budget measured
+    CompileRequest -> compiled_reports -> {"decode": {...}, "prefill": {...}}     what serving/compiled_report.py measured
 
 The compiler may abort its process and prints what no user needs, so it works in a child with a time limit; its mistakes come
-back as InputError. Refuses to know: how programs are made and read (step_budget).
+back as InputError. Refuses to know: how programs are made and read (serving/compiled_report.py).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _QUIET = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", 
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class CompileRequest:
   """Which programs: `batch` sequences of `context` tokens over all devices in decode, and one prompt of `prefill` tokens in one
   step a data shard (None: no prefill). `device` is a name or a TOML. Raises InputError for what cannot be."""
 
@@ -62,7 +62,7 @@ class Question:
     activations="auto",
     kv_cache="fp8",
     **sizes,
-  ) -> "Question":
+  ) -> "CompileRequest":
     """From what flags say."""
     config = model if isinstance(model, LlamaConfig) else LlamaConfig.from_name(model)
     if activations == "auto":
@@ -74,16 +74,16 @@ class Question:
     return {**dataclasses.asdict(self), "config": self.config.to_dict()}
 
   @classmethod
-  def from_dict(cls, fields: dict[str, Any]) -> "Question":
-    config = LlamaConfig.from_dict(fields["config"], "the question")
+  def from_dict(cls, fields: dict[str, Any]) -> "CompileRequest":
+    config = LlamaConfig.from_dict(fields["config"], "the request")
     return cls(**{**fields, "config": config, "recipe": Recipe(**fields["recipe"]), "mesh": MeshShape(**fields["mesh"])})
 
 
-def budgets(question: Question, *, timeout_s: float = TIMEOUT_S, save: str = "") -> dict[str, Any]:
-  """Compiles the programs and returns their budgets by kind, and under "notes" what the compiler had to say to a user.
+def compiled_reports(request: CompileRequest, *, timeout_s: float = TIMEOUT_S, save: str = "") -> dict[str, Any]:
+  """Compiles the programs. Returns a report by kind of step, and under "notes" the compiler's remarks for a user.
 
-  save: a folder for each kind's HLO and its jax.export; made where it is missing, written only when all went well.
-  Raises InputError where nothing can compile, the compiler aborts, or it takes longer than timeout_s.
+  save: a folder for each kind's HLO and its jax.export; created if it is missing, written only after all programs compiled.
+  Raises InputError if no compiler is installed, the compiler aborts, or compiling takes longer than timeout_s.
   """
   if not have_compiler():
     raise InputError('compile: the CUDA compiler is not installed. Install the extra: pip install "jaxfp8[cuda]".')
@@ -93,8 +93,8 @@ def budgets(question: Question, *, timeout_s: float = TIMEOUT_S, save: str = "")
     kept = pathlib.Path(folder) / "kept"
     if save:
       kept.mkdir()
-    request = {"question": question.to_dict(), "save": str(kept) if save else ""}
-    reply = child_process.ask(child_process.Child.COMPILED_REPORT, request, variables=_QUIET, timeout_s=timeout_s)
+    message = {"compile_request": request.to_dict(), "save": str(kept) if save else ""}
+    reply = child_process.ask(child_process.Child.COMPILED_REPORT, message, variables=_QUIET, timeout_s=timeout_s)
     if reply.timed_out:
       raise InputError(f"compile: the compiler took more than {timeout_s:.0f} s. Pass a longer --timeout.")
     if not reply.answers:

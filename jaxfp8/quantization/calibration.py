@@ -5,7 +5,7 @@
 
 Each layer's weights are read, run over all chunks with the model's own code (one layer of it, on the default device), and let
 go; only the hidden states of the text stay, [tokens, D] twice. Every layer sees what the layers before it, as they are
-written, give. Inputs of linears, and keys and values, are counted by size (magnitudes.py), from which each choice of a scale
+written, give. Inputs of linears, and keys and values, are counted by size (observers.py), from which each choice of a scale
 follows. Refuses to know text and flags.
 """
 
@@ -38,7 +38,7 @@ from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.layers import Linear
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.step_context import StepContext
-from jaxfp8.quantization.observers import SCALES, Magnitudes
+from jaxfp8.quantization.observers import SCALES, HistogramObserver
 from jaxfp8.quantization.rounding import Inputs, check_rounding, round_weights
 from jaxfp8.recipe import Precision, Recipe
 
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]  # (layers done, of how many)
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Observation:
   """What one matrix's inputs, or keys or values, were: amax and the scales that each choice gives, [1] or [K]."""
 
   layer: int
@@ -153,7 +153,7 @@ class Calibrator:
     self.config, self.formats = source.config, self.arrays.formats
     self.chunks, self.rounding, self.choice = chunks, rounding, scales
     self.groups = stored_arrays.checkpoint_arrays(self.config, self.recipe, self.formats, self.arrays.exceptions)
-    self.seen: list[Seen] = []
+    self.seen: list[Observation] = []
 
   def static_keys(self) -> list[str]:
     """The keys of all static scales that `layers` gives."""
@@ -205,11 +205,11 @@ class Calibrator:
         found |= {weight: q.qvalue, scale: q.scale}
     return found
 
-  def _scales(self, layer: int, magnitudes: Mapping[str, Magnitudes] | None) -> dict[str, np.ndarray]:
+  def _scales(self, layer: int, magnitudes: Mapping[str, HistogramObserver] | None) -> dict[str, np.ndarray]:
     found = {}
     for name, sizes in (magnitudes or {}).items():
       scales, choice = sizes.scales(), self.choice or ""  # there are magnitudes only if there is a choice
-      self.seen.append(Seen(layer, name, sizes.amax, scales))
+      self.seen.append(Observation(layer, name, sizes.amax, scales))
       if name in static_scales.KV:
         found[static_scales.kv_key(layer, name)] = scales[choice]
       elif name in self._float8(layer):
@@ -265,10 +265,10 @@ def _listening(linear: Linear, hear: Callable[[Any], None]) -> Linear:
   return Listening(linear.weight.get_value(), linear.weight.get_metadata("partition"), linear.runtime)
 
 
-def _count(magnitudes: dict[str, Magnitudes] | None, inputs, num_kv_heads: int) -> dict[str, Magnitudes]:
+def _count(magnitudes: dict[str, HistogramObserver] | None, inputs, num_kv_heads: int) -> dict[str, HistogramObserver]:
   """Pages hold zeros where no token is; they change no scale."""
   if magnitudes is None:
-    magnitudes = {name: Magnitudes(1 if name in static_scales.LINEARS else num_kv_heads) for name in inputs}
+    magnitudes = {name: HistogramObserver(1 if name in static_scales.LINEARS else num_kv_heads) for name in inputs}
   for name, values in inputs.items():
     array = np.asarray(values.astype(jnp.float32))
     magnitudes[name].add(array[None] if name in static_scales.LINEARS else array.swapaxes(0, 1))

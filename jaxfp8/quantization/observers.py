@@ -15,7 +15,7 @@ _BIN_BITS = 17  # of a float32, dropped: sign, exponent and six bits of mantissa
 _NUM_BINS = 1 << (31 - _BIN_BITS)
 
 
-class Magnitudes:
+class HistogramObserver:
   """How often each size of a number occurred, in bins of a 64th of an octave, for `count` groups side by side."""
 
   def __init__(self, count: int = 1):

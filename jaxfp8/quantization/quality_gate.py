@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class GateLimits:
   """What a recipe may cost; None is no limit. The estimates themselves count, not their intervals."""
 
   max_kl: float | None = 0.04
@@ -51,7 +51,7 @@ class Limits:
 
 
 def judge(
-  source: Source, folder: str | os.PathLike, chunks: np.ndarray, limits: Limits | None = None, name: str | None = None
+  source: Source, folder: str | os.PathLike, chunks: np.ndarray, limits: GateLimits | None = None, name: str | None = None
 ) -> dict[str, Any]:
   """What the checkpoint in `folder` costs against `source`, in its own recipe: plain values to store and print.
 
@@ -65,18 +65,18 @@ def judge(
   """
   reference = quality.Reference(load.load_source(source, PLAIN), chunks)
   found = dataclasses.asdict(quality.Quality.of(reference.score(load.load(folder)), reference.nll))
-  failures = (limits or Limits()).failures(name or str(folder), found)
+  failures = (limits or GateLimits()).failures(name or str(folder), found)
   return {**found, "positions": int(chunks[:, 1:].size), "failures": failures}
 
 
 def gate(
-  source: Source, chunks: np.ndarray, limits: Limits | None = None, text: str = "held-out text"
+  source: Source, chunks: np.ndarray, limits: GateLimits | None = None, text: str = "held-out text"
 ) -> Callable[[pathlib.Path], dict[str, Any]]:
   """A `check` for `convert_checkpoint` and `calibrate`: {"quality": what `judge` finds in the checkpoint as it was written}.
 
   With it are stored the limits and `text`, the words for what the chunks are of. The check raises InputError beyond a limit.
   """
-  limits = limits or Limits()
+  limits = limits or GateLimits()
 
   def check(folder: pathlib.Path) -> dict[str, Any]:
     found = judge(source, folder, chunks, limits, "gate")

@@ -1,6 +1,6 @@
 """What the compiled steps of a deployment cost on each GPU: memory, traffic, launches, collectives, CUDA graphs.
 
-    Question -> CompiledSteps on a mesh of absent devices -> lower (kernels say their costs) -> compile -> text
+    CompileRequest -> CompiledSteps on a mesh of absent devices -> lower (kernels say their costs) -> compile -> text
              -> measure -> one flat record of plain values for decode, and one for prefill
 
 Compiling may abort the process: `compiled_budget` runs this module as a program in a child. Nothing here has run on a GPU;
@@ -25,37 +25,38 @@ from jaxfp8.errors import InputError
 from jaxfp8.inspection import deviceless, hlo, traffic
 from jaxfp8.model.llama import Llama
 from jaxfp8.planning import roofline
-from jaxfp8.planning.compile_request import Question
+from jaxfp8.planning.compile_request import CompileRequest
 from jaxfp8.planning.devices import DeviceSpec, load_device
-from jaxfp8.serving.steps import CompiledSteps, Limits
+from jaxfp8.serving.limits import EngineLimits
+from jaxfp8.serving.steps import CompiledSteps
 from jaxfp8.sharding import MESH_AXES
 from pallas_kernels import costs
 
 
-def make_steps(question: Question, spec: DeviceSpec) -> CompiledSteps:
+def make_steps(compile_request: CompileRequest, spec: DeviceSpec) -> CompiledSteps:
   """The programs of an abstract model on absent devices."""
-  shape = question.mesh
+  shape = compile_request.mesh
   mesh = deviceless.absent_mesh(spec, (shape.data, shape.kv, shape.group), MESH_AXES)
-  model = Llama(question.config, question.recipe, shape=dataclasses.replace(shape, data=1))
-  sequences, pages = question.batch // shape.data, -(-question.context // question.page_tokens)
-  limits = Limits(
+  model = Llama(compile_request.config, compile_request.recipe, shape=dataclasses.replace(shape, data=1))
+  sequences, pages = compile_request.batch // shape.data, -(-compile_request.context // compile_request.page_tokens)
+  limits = EngineLimits(
     num_pages=sequences * pages,
     max_sequences=sequences,
     max_pages=pages,
     decode_sizes=(sequences,),
-    prefill_sizes=(question.prefill or 1,),
-    page_size=question.page_tokens,
+    prefill_sizes=(compile_request.prefill or 1,),
+    page_size=compile_request.page_tokens,
   )
   return CompiledSteps(model, mesh, limits)
 
 
-def measure(question: Question, kind: str, save: pathlib.Path | None = None) -> dict[str, Any]:
+def measure(compile_request: CompileRequest, kind: str, save: pathlib.Path | None = None) -> dict[str, Any]:
   """The record of "decode" or "prefill". save: an existing folder for the HLO and a jax.export."""
-  spec = load_device(question.device)
-  steps = make_steps(question, spec)
-  sequences = question.batch // question.mesh.data
-  prefill = question.prefill or 0
-  size, lengths = (sequences, (question.context,) * sequences) if kind == "decode" else (prefill, (prefill,))
+  spec = load_device(compile_request.device)
+  steps = make_steps(compile_request, spec)
+  sequences = compile_request.batch // compile_request.mesh.data
+  prefill = compile_request.prefill or 0
+  size, lengths = (sequences, (compile_request.context,) * sequences) if kind == "decode" else (prefill, (prefill,))
   begin, cpu = time.perf_counter(), time.process_time()
   with tempfile.TemporaryDirectory() as dump:
     with deviceless.lowering_for(spec), costs.recording(lengths) as calls:
@@ -75,7 +76,7 @@ def measure(question: Question, kind: str, save: pathlib.Path | None = None) -> 
     **_traffic(text, calls, steps),
     **_graphs(thunks),
   }
-  cost = _step_cost(record, question, size)
+  cost = _step_cost(record, compile_request, size)
   times = roofline.bound(cost, spec)
   record |= {
     "roofline_ms": 1e3 * times.step,
@@ -175,17 +176,17 @@ def _graphs(thunks: str) -> dict[str, Any]:
   }
 
 
-def _step_cost(record: dict[str, Any], question: Question, size: int) -> roofline.StepCost:
-  """The roofline's question with the program's own answers."""
+def _step_cost(record: dict[str, Any], compile_request: CompileRequest, size: int) -> roofline.StepCost:
+  """The roofline's compile_request with the program's own answers."""
   return roofline.StepCost(
-    mesh=question.mesh,
+    mesh=compile_request.mesh,
     num_tokens=size,
     weight_read_bytes=record["weight_read_bytes"],
     kv_read_bytes=record["kv_read_bytes"],
     kv_written_bytes=record["kv_written_bytes"],
     flops=record["flops"],
-    all_reduce_bytes=record["all_reduce_bytes"] if question.mesh.tensor > 1 else 0,
-    num_collectives=record["num_collectives"] if question.mesh.tensor > 1 else 0,
+    all_reduce_bytes=record["all_reduce_bytes"] if compile_request.mesh.tensor > 1 else 0,
+    num_collectives=record["num_collectives"] if compile_request.mesh.tensor > 1 else 0,
     launches=record["launches_per_step"],
   )
 
@@ -207,11 +208,11 @@ def _parts(record: dict[str, Any], calls: list[costs.Call], spec: DeviceSpec) ->
 
 def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
   """The child: one answer with the budgets of each kind. Raises InputError with the last line of the compiler's error."""
-  question = Question.from_dict(request["question"])
-  kinds = ("decode", *(["prefill"] if question.prefill else []))
+  compile_request = CompileRequest.from_dict(request["compile_request"])
+  kinds = ("decode", *(["prefill"] if compile_request.prefill else []))
   save = pathlib.Path(request["save"]) if request["save"] else None
   try:
-    yield {kind: measure(question, kind, save) for kind in kinds}
+    yield {kind: measure(compile_request, kind, save) for kind in kinds}
   except InputError:
     raise
   except Exception as error:

@@ -26,9 +26,10 @@ from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingBatch, SamplingParams
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import memory
+from jaxfp8.serving.limits import EngineLimits, StepKind, sizes_up_to
 from jaxfp8.serving.request_output import Completion, Delta, Output
 from jaxfp8.serving.scheduler import Chunk, Scheduler, Sequence, StepPlan
-from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, Limits, State, StepInput
+from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, State, StepInput
 from jaxfp8.sharding import make_mesh, mesh_shape
 from jaxfp8.text.tokenizer import Tokenizer
 
@@ -53,7 +54,7 @@ class Stats:
 
   def add(self, plan: StepPlan, seconds: float) -> None:
     num_tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks())
-    if plan.kind == "prefill":
+    if plan.kind is StepKind.PREFILL:
       self.prefill_tokens += num_tokens
       self.prefill_seconds += seconds
     else:
@@ -76,7 +77,7 @@ class Engine:
   """
 
   def __init__(
-    self, model: Llama, tokenizer: Tokenizer | None = None, *, mesh: Mesh | None = None, limits: Limits | None = None
+    self, model: Llama, tokenizer: Tokenizer | None = None, *, mesh: Mesh | None = None, limits: EngineLimits | None = None
   ):
     self.config, self.tokenizer = model.config, tokenizer
     mesh = mesh or make_mesh(model.config)
@@ -90,9 +91,9 @@ class Engine:
   def compile(self) -> None:
     """Compiles every program that this engine can need, so that none is compiled while generating."""
     for size in self.limits.prefill_sizes:
-      self.steps.compile("prefill", size)
+      self.steps.compile(StepKind.PREFILL, size)
     for size in self.limits.decode_sizes:
-      self.steps.compile("decode", size)
+      self.steps.compile(StepKind.DECODE, size)
 
   def generate(self, requests: Seq[Request]) -> list[Completion]:
     """Runs requests to their end, in flight together; completions in the order of the requests."""
@@ -168,17 +169,19 @@ class Engine:
   def _inputs(self, plan: StepPlan, outputs: dict[Sequence, Output]) -> StepInput:
     """The step's batch as numpy arrays, shard after shard."""
     limits = self.limits
-    if plan.kind == "prefill":
+    if plan.kind is StepKind.PREFILL:
       rows, size = limits.max_sequences, limits.prefill_size(plan.num_tokens)
     else:
       rows = size = limits.decode_size(plan.num_tokens)
     parts = [_shard_arrays(chunks, rows, size, limits.max_pages, plan.kind) for chunks in plan.shards]
     tokens, starts, lengths, table = (_host_array(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-    batch = DecodeBatch(tokens, lengths, table) if plan.kind == "decode" else PrefillBatch(tokens, starts, lengths, table)
+    batch = (
+      DecodeBatch(tokens, lengths, table) if plan.kind is StepKind.DECODE else PrefillBatch(tokens, starts, lengths, table)
+    )
     padded = [chunk for shard in plan.shards for chunk in (*shard, *[None] * (rows - len(shard)))]
     return StepInput(
       batch=batch,
-      place_B=_host_array([chunk.sequence.place if chunk else limits.max_sequences for chunk in padded], np.int32),
+      slot_B=_host_array([chunk.sequence.slot if chunk else limits.max_sequences for chunk in padded], np.int32),
       emit_B=_host_array([bool(chunk and chunk.emits) for chunk in padded]),
       sampling=SamplingBatch.of(
         [outputs[chunk.sequence].params if chunk else None for chunk in padded],
@@ -207,22 +210,16 @@ def _host_array(values: Any, dtype: Any = None) -> Any:
   return np.asarray(values, dtype)
 
 
-def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> Limits:
+def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> EngineLimits:
   """Room for max_sequences of the model's full context, or for what fits into half of the free memory."""
   max_pages = -(-model.config.max_context // DEFAULT_PAGE_SIZE)
   affordable = memory.room_for_pages(model, mesh, 0.5)
-  return Limits(
+  return EngineLimits(
     num_pages=max(1, min(max_sequences * max_pages, affordable)),
     max_sequences=max_sequences,
     max_pages=max_pages,
-    decode_sizes=sizes_up_to(max_sequences, Limits.decode_sizes),
+    decode_sizes=sizes_up_to(max_sequences, EngineLimits.decode_sizes),
   )
-
-
-def sizes_up_to(largest: int, sizes: Seq[int]) -> tuple[int, ...]:
-  """The sizes below `largest` and the first that holds it (or `largest` itself, where none does)."""
-  below = [size for size in sizes if size < largest]
-  return (*below, next((size for size in sizes if size >= largest), largest))
 
 
 def _shard_arrays(chunks: tuple[Chunk, ...], rows: int, size: int, max_pages: int, kind: str):

@@ -9,7 +9,7 @@ from jaxfp8.distributed import processes as hosts
 from jaxfp8.errors import InputError
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
-from jaxfp8.serving.steps import Limits
+from jaxfp8.serving.limits import EngineLimits
 from jaxfp8.sharding import KV
 
 
@@ -41,7 +41,7 @@ def _sharing(mesh: Mesh) -> int:
   return len(mesh.local_devices) if mesh.local_devices[0].platform == "cpu" else 1
 
 
-def require_kv_fits(model: Llama, limits: Limits, mesh: Mesh) -> int:
+def require_kv_fits(model: Llama, limits: EngineLimits, mesh: Mesh) -> int:
   """Bytes of the KV pool over all devices. Raises InputError if a device's part is more than it has free."""
   shards = mesh.devices.shape[0]
   pool = KVCache.abstract(model.config, limits.num_pages * shards, model.recipe.kv, limits.page_size).nbytes

@@ -20,6 +20,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from jaxfp8.checkpoint.unfinished import write_atomically
+from jaxfp8.source_digest import source_digest
 
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
@@ -60,13 +61,11 @@ def _path(key: str, mesh: Mesh) -> pathlib.Path | None:
 
 @functools.cache
 def _environment() -> str:
-  """A digest of what a program depends on besides its key: versions, flags, this machine's instruction set, our source."""
+  """A digest of everything but the key that a program depends on: versions, flags, the CPU's instruction set, our source."""
   digest = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {os.environ.get('XLA_FLAGS', '')}".encode())
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     digest.update("\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode())
   digest.update(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()).encode())
-  root = pathlib.Path(__file__).parents[2]
-  for path in sorted([*root.glob("jaxfp8/**/*.py"), *root.glob("pallas_kernels/**/*.py")]):
-    digest.update(path.read_bytes())
+  digest.update(source_digest().encode())
   return digest.hexdigest()

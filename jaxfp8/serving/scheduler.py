@@ -1,13 +1,13 @@
-"""Who runs next: admission, pages and eviction, in Python ints. Imports no jax.
+"""Which sequences run next: admission, pages and preemption, in Python ints. Imports no jax.
 
-The scheduler runs one step ahead of what has been read: it plans step n + 1 while step n computes, since a sequence's
-length does not depend on which token was chosen. So a sequence may have one token that is `unread`: chosen on the device,
-not yet known here. `schedule` plans a step, `commit` hands in what one chose.
+The scheduler runs one step ahead of the tokens that the host has read. It plans step n + 1 while step n computes, since a
+sequence's length does not depend on the token that step n chooses. So a sequence may have an unread token: the device has
+chosen it, and the host does not have it yet. `schedule` plans a step, `commit` takes the tokens that a step chose.
 
     waiting --admit--> running --finish--> gone
-       ^----- evict -----'        (its pages are freed; its tokens are computed again later, with the same result)
+       ^----- preempt -----'        (its pages are freed; its tokens are computed again later, with the same result)
 
-Pages belong to a data shard; a sequence lives on one shard from admission to its end or eviction.
+Pages belong to a data shard; a sequence lives on one shard from admission to its end or preemption.
 """
 
 import collections
@@ -15,27 +15,28 @@ import dataclasses
 from collections.abc import Iterable
 
 from jaxfp8.errors import InputError
+from jaxfp8.serving.limits import StepKind
 from jaxfp8.serving.pages import PageAllocator
 
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-  """One request on its way. `tokens` are the prompt and what has been chosen and read."""
+  """A request that waits or runs. `tokens` are the prompt and the chosen tokens that the host has read."""
 
   request_id: int
   tokens: list[int]
   num_prompt: int
   max_tokens: int  # prompt and new tokens together
   num_computed: int = 0  # tokens whose keys and values are in the pool, or will be by the steps planned so far
-  unread: int = 0  # chosen tokens that have not been read: 1 while a step is under way, 2 for a moment
+  num_unread_tokens: int = 0  # chosen tokens that have not been read: 1 while a step is under way, 2 for a moment
   on_device: bool = False  # whether the device still holds the last chosen token
   shard: int = 0
-  place: int = 0
+  slot: int = 0
 
   @property
   def length(self) -> int:
     """Tokens of the sequence, the unread one included."""
-    return len(self.tokens) + self.unread
+    return len(self.tokens) + self.num_unread_tokens
 
   @property
   def is_decoding(self) -> bool:
@@ -44,7 +45,11 @@ class Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """What one step computes of one sequence: tokens start .. stop - 1. The last of all tokens makes it choose the next."""
+  """The part of a sequence that one step computes: tokens start .. stop - 1.
+
+  emits: the chunk ends with the sequence's last token, so the step chooses the next one.
+  from_device: the token is still only on the device. pages: all pages of the sequence.
+  """
 
   sequence: Sequence
   start: int
@@ -56,9 +61,9 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-  """kind is "prefill" or "decode"; chunks are listed per data shard."""
+  """One planned step; its chunks are listed per data shard."""
 
-  kind: str
+  kind: StepKind
   shards: tuple[tuple[Chunk, ...], ...]
 
   def chunks(self) -> Iterable[Chunk]:
@@ -66,7 +71,7 @@ class StepPlan:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens of the fullest shard: what the batch's size must hold."""
+    """Tokens of the fullest shard. The batch must hold them."""
     return max(sum(chunk.stop - chunk.start for chunk in shard) for shard in self.shards)
 
 
@@ -84,7 +89,7 @@ class Scheduler:
     self.max_sequences, self.max_tokens = max_sequences, max_tokens
     self.waiting: collections.deque[Sequence] = collections.deque()
     self.running: list[Sequence] = []  # oldest first
-    self.num_evictions = 0
+    self.num_preemptions = 0
 
   def add(self, request_id: int, prompt: list[int], max_new_tokens: int) -> Sequence:
     """Queues a request. Raises InputError if it could never fit in the pool."""
@@ -113,7 +118,7 @@ class Scheduler:
     prompts = [s for s in ready if not s.is_decoding]
     budgets = [self.max_tokens if prompts else self.max_sequences] * len(self.pools)
     chunks: list[list[Chunk]] = [[] for _ in self.pools]
-    blocked = set()  # shards where the one to evict has an unread token: no more is planned for them
+    blocked = set()  # shards whose next sequence to preempt has an unread token: nothing more is planned for them
     for sequence in [s for s in ready if s.is_decoding] + prompts:
       size = min(sequence.length - sequence.num_computed, budgets[sequence.shard])
       if size < 1 or sequence.shard in blocked or sequence not in self.running:
@@ -126,11 +131,11 @@ class Scheduler:
     return self._planned(chunks)
 
   def commit(self, plan: StepPlan, tokens: dict[Sequence, int]) -> None:
-    """Appends what a planned step chose. Sequences that ended meanwhile are passed over."""
+    """Appends the tokens that a planned step chose. Skips sequences that have ended since."""
     for chunk in plan.chunks():
       if chunk.emits and chunk.sequence in self.running:
         chunk.sequence.tokens.append(tokens[chunk.sequence])
-        chunk.sequence.unread -= 1
+        chunk.sequence.num_unread_tokens -= 1
 
   def finish(self, sequence: Sequence) -> None:
     """Ends a sequence and frees its pages; a step already started may still write to them, before anyone else's does."""
@@ -148,7 +153,7 @@ class Scheduler:
     """A step whose prompts all wait for pages is a decode step."""
     if not any(chunks):
       return None
-    kind = "decode" if all(chunk.from_device for shard in chunks for chunk in shard) else "prefill"
+    kind = StepKind.DECODE if all(chunk.from_device for shard in chunks for chunk in shard) else StepKind.PREFILL
     return StepPlan(kind, tuple(tuple(shard) for shard in chunks))
 
   def _plan_chunk(self, sequence: Sequence, size: int) -> Chunk:
@@ -157,11 +162,11 @@ class Scheduler:
     chunk = Chunk(sequence, start, stop, emits, sequence.is_decoding, tuple(self.pools[sequence.shard].pages_of(sequence)))
     sequence.num_computed = stop
     if emits:
-      sequence.unread, sequence.on_device = sequence.unread + 1, True
+      sequence.num_unread_tokens, sequence.on_device = sequence.num_unread_tokens + 1, True
     return chunk
 
   def _admit(self) -> None:
-    """Moves waiting sequences to the emptiest shard with a place and room for their first chunk."""
+    """Moves waiting sequences to the emptiest shard with a free slot and room for their first chunk."""
     while self.waiting:
       sequence = self.waiting[0]
       shard = min(range(len(self.pools)), key=lambda i: (self._num_running(i), -self.pools[i].num_free))
@@ -169,8 +174,8 @@ class Scheduler:
       if self._num_running(shard) >= self.max_sequences or not self.pools[shard].can_grow(sequence, first):
         return
       self.waiting.popleft()
-      taken = {s.place for s in self.running if s.shard == shard}
-      sequence.shard, sequence.place = shard, next(i for i in range(self.max_sequences) if i not in taken)
+      taken = {s.slot for s in self.running if s.shard == shard}
+      sequence.shard, sequence.slot = shard, next(i for i in range(self.max_sequences) if i not in taken)
       self.pools[shard].grow(sequence, first)
       self.running.append(sequence)
 
@@ -181,19 +186,19 @@ class Scheduler:
     return [s for s in self.running if s.shard == shard][-1]
 
   def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-    """Gives the sequence its pages, evicting younger ones of its shard if it must; False if that has to wait."""
+    """Gives the sequence its pages, and preempts younger sequences of its shard for them. False if that has to wait."""
     pool = self.pools[sequence.shard]
     while not pool.can_grow(sequence, num_tokens):
       youngest = self._youngest(sequence.shard)
-      if youngest is sequence or youngest.unread:
+      if youngest is sequence or youngest.num_unread_tokens:
         return False
-      self._evict(youngest)
+      self._preempt(youngest)
     pool.grow(sequence, num_tokens)
     return True
 
-  def _evict(self, sequence: Sequence) -> None:
+  def _preempt(self, sequence: Sequence) -> None:
     self.running.remove(sequence)
     self.pools[sequence.shard].free(sequence)
     sequence.num_computed, sequence.on_device = 0, False
     self.waiting.appendleft(sequence)
-    self.num_evictions += 1
+    self.num_preemptions += 1

@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer by the options of a command, and chooses the sizes of an engine for some requests.
 
     open_model(options, progress)  ->  LoadedModel       a source is converted first, into the cache
-    limits_for(model, mesh, lengths)  ->  Limits
+    limits_for(model, mesh, lengths)  ->  EngineLimits
 
 Every command does this before it computes. Refuses to know flags.
 """
@@ -30,8 +30,7 @@ from jaxfp8.model.llama import Llama
 from jaxfp8.progress import Progress
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Granularity, Precision, Recipe
 from jaxfp8.serving import memory
-from jaxfp8.serving.engine import sizes_up_to
-from jaxfp8.serving.steps import Limits
+from jaxfp8.serving.limits import EngineLimits, sizes_up_to
 from jaxfp8.sharding import make_mesh
 from jaxfp8.text.tokenizer import Tokenizer
 from pallas_kernels import dispatch
@@ -176,8 +175,8 @@ def require_devices(count: int) -> None:
     jax.devices()  # waits for all processes: one may convert weights, which needs devices, while another does not
 
 
-def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> Limits:
-  """Limits of an engine that runs these requests, each (prompt tokens, new tokens), without compiling meanwhile.
+def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num_logprobs: int = 0) -> EngineLimits:
+  """The limits of an engine that runs these requests, each (prompt tokens, new tokens), without compiling meanwhile.
 
   Pages are rounded up to few different sizes, so that the next, slightly longer run finds its programs compiled. A pool that
   exceeds the free memory is cut, with a sentence on stderr: sequences then wait or are preempted.
@@ -188,18 +187,18 @@ def limits_for(model: Llama, mesh: Mesh, lengths: Sequence[tuple[int, int]], num
   in_flight = min(MAX_SEQUENCES, -(-len(totals) // shards))
   pages = [-(-total // DEFAULT_PAGE_SIZE) for total in totals]
   longest = max(prompt for prompt, _ in lengths)
-  chunk = Limits.prefill_sizes[-1]
+  chunk = EngineLimits.prefill_sizes[-1]
   if len(lengths) == 1:
     needed = {min(longest, chunk)} | ({longest % chunk} - {0} if longest > chunk else set())
-    prefill_sizes = tuple(sorted({sizes_up_to(size, Limits.prefill_sizes)[-1] for size in needed}))
+    prefill_sizes = tuple(sorted({sizes_up_to(size, EngineLimits.prefill_sizes)[-1] for size in needed}))
   else:
-    prefill_sizes = sizes_up_to(min(chunk, sum(prompt for prompt, _ in lengths)), Limits.prefill_sizes)
-  return Limits(
+    prefill_sizes = sizes_up_to(min(chunk, sum(prompt for prompt, _ in lengths)), EngineLimits.prefill_sizes)
+  return EngineLimits(
     num_pages=_affordable(model, mesh, sum(pages[: in_flight * shards : shards]), pages[0]),
     max_sequences=in_flight,
     max_pages=min(_rounded(pages[0]), -(-context // DEFAULT_PAGE_SIZE)),
     prefill_sizes=prefill_sizes,
-    decode_sizes=sizes_up_to(in_flight, Limits.decode_sizes),
+    decode_sizes=sizes_up_to(in_flight, EngineLimits.decode_sizes),
     num_logprobs=num_logprobs,
   )
 

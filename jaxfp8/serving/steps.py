@@ -11,7 +11,6 @@ Refuses to know requests, text and which sequence owns which page.
 
 import dataclasses
 import functools
-import itertools
 import time
 from typing import Any
 
@@ -27,8 +26,8 @@ from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import Sampled, SamplingBatch, sample
-from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import program_cache
+from jaxfp8.serving.limits import EngineLimits, StepKind
 from jaxfp8.sharding import DATA, TENSOR, abstract_array, concatenate_over, mesh_shape
 from pallas_kernels import Target, conformance, debug, float8_bytes
 
@@ -57,8 +56,8 @@ def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array,
 class State:
   """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
 
-  last_tokens: int32 [data * places], the token last chosen for each place.
-  history: int32 [data * places, tokens of max_pages], the tokens of the sequence in each place, for penalties.
+  last_tokens: int32 [data * slots], the token last chosen for the sequence in each slot.
+  history: int32 [data * slots, tokens of max_pages], the tokens of the sequence in each slot, for penalties.
   """
 
   cache: KVCache
@@ -70,60 +69,20 @@ class State:
 class StepInput:
   """One step's batch with what sampling needs.
 
-  place_B: int32, where in last_tokens each sequence stands (on its data shard); out of range for an empty row.
+  slot_B: int32, each sequence's row of last_tokens and history on its data shard; out of range for an empty row.
   emit_B: bool, whether the chosen token is the sequence's next one (false in the middle of a prompt).
   """
 
   batch: PrefillBatch | DecodeBatch
-  place_B: jax.Array
+  slot_B: jax.Array
   emit_B: jax.Array
   sampling: SamplingBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """The static sizes of a run, per data shard.
-
-  num_pages: pages of the KV pool. max_sequences: sequences in flight. max_pages: pages of one sequence.
-  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending; the last decode size
-    holds max_sequences.
-  num_logprobs: most probable tokens returned with each token.
-
-  Raises InputError for sizes that are not positive or not in order.
-  """
-
-  num_pages: int
-  max_sequences: int
-  max_pages: int
-  prefill_sizes: tuple[int, ...] = (32, 128, 512)
-  decode_sizes: tuple[int, ...] = (2, 8, 32)
-  page_size: int = DEFAULT_PAGE_SIZE
-  num_logprobs: int = 0
-
-  def __post_init__(self):
-    for name in ("prefill_sizes", "decode_sizes"):
-      sizes = getattr(self, name)
-      if not sizes or sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
-        raise InputError(f"limits: {name} must be positive and ascending; got {sizes}.")
-    for name in ("num_pages", "max_sequences", "max_pages"):
-      if getattr(self, name) < 1:
-        raise InputError(f"limits: {name} must be at least 1; got {getattr(self, name)}.")
-    if self.decode_sizes[-1] < self.max_sequences:
-      raise InputError(
-        f"limits: the last of decode_sizes must hold max_sequences={self.max_sequences}; got {self.decode_sizes}. Add a size."
-      )
-
-  def decode_size(self, num_sequences: int) -> int:
-    return next(size for size in self.decode_sizes if size >= num_sequences)
-
-  def prefill_size(self, num_tokens: int) -> int:
-    return next(size for size in self.prefill_sizes if size >= num_tokens)
 
 
 class CompiledSteps:
   """The programs of one model on one mesh. Holds the weights; everything that changes is in State."""
 
-  def __init__(self, model: Llama, mesh: Mesh, limits: Limits):
+  def __init__(self, model: Llama, mesh: Mesh, limits: EngineLimits):
     if mesh_shape(mesh) != dataclasses.replace(model.shape, data=mesh.shape[DATA]):
       raise InputError(f"steps: the model was loaded for {model.shape}; the mesh is {mesh_shape(mesh)}. Load it for this mesh.")
     self.limits, self.mesh, self.config = limits, mesh, model.config
@@ -209,7 +168,7 @@ class CompiledSteps:
     """
     if debug.checking():
       self._check(inputs.batch)
-    kind = "prefill" if isinstance(inputs.batch, PrefillBatch) else "decode"
+    kind = StepKind.PREFILL if isinstance(inputs.batch, PrefillBatch) else StepKind.DECODE
     return self.compile(kind, inputs.batch.tokens_T.shape[0] // self.num_shards)(self._weights, state, inputs)
 
   def _check(self, batch: PrefillBatch | DecodeBatch) -> None:
@@ -223,12 +182,12 @@ class CompiledSteps:
       debug.require_pages(type(batch).__name__, *arrays, num_tokens=num_tokens, **sizes)
 
   def abstract_inputs(self, kind: str, size: int) -> StepInput:
-    shards, rows = self.num_shards, self.limits.max_sequences if kind == "prefill" else size
+    shards, rows = self.num_shards, self.limits.max_sequences if kind == StepKind.PREFILL else size
     ints = functools.partial(abstract_array, dtype=jnp.int32)
     floats = functools.partial(abstract_array, dtype=jnp.float32)
     tokens, lengths = ints((shards * size,)), ints((shards * rows,))
     table = ints((shards * rows, self.limits.max_pages))
-    if kind == "prefill":
+    if kind == StepKind.PREFILL:
       batch = PrefillBatch(tokens, ints((shards * (rows + 1),)), lengths, table)
     else:
       batch = DecodeBatch(tokens, lengths, table)
@@ -248,9 +207,9 @@ class CompiledSteps:
   def _empty_state(self) -> State:
     limits = self.limits
     cache = KVCache.init(self.config, limits.num_pages * self.num_shards, self.kv, limits.page_size)
-    places = limits.max_sequences * self.num_shards
-    history = jnp.zeros((places, limits.max_pages * limits.page_size), jnp.int32)
-    return State(cache, jnp.zeros(places, jnp.int32), history)
+    num_slots = limits.max_sequences * self.num_shards
+    history = jnp.zeros((num_slots, limits.max_pages * limits.page_size), jnp.int32)
+    return State(cache, jnp.zeros(num_slots, jnp.int32), history)
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
@@ -285,7 +244,7 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInp
   batch = inputs.batch
   with jax.named_scope("tokens"):
     sequence_T, position_T = batch.token_positions()
-    on_device = jnp.take(state.last_tokens, inputs.place_B[sequence_T], mode="clip")
+    on_device = jnp.take(state.last_tokens, inputs.slot_B[sequence_T], mode="clip")
     batch = batch.replace(tokens_T=jnp.where(batch.tokens_T == FROM_DEVICE, on_device, batch.tokens_T))
   if isinstance(batch, PrefillBatch):
     logits, cache = prefill(model, state.cache, batch)
@@ -294,7 +253,7 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInp
   with jax.named_scope("history"):
     history = state.history
     position_T = jnp.where(position_T < 0, history.shape[1], position_T)  # padding; a negative index would count from the end
-    history = history.at[inputs.place_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
+    history = history.at[inputs.slot_B[sequence_T], position_T].set(batch.tokens_T, mode="drop")
   sampled = sample(
     logits,
     inputs.sampling,
@@ -302,10 +261,10 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInp
     vocab_size=vocab_size,
     axes=TENSOR,
     num_logprobs=num_logprobs,
-    history_BS=lambda: jnp.take(history, inputs.place_B, axis=0, mode="clip"),
+    history_BS=lambda: jnp.take(history, inputs.slot_B, axis=0, mode="clip"),
   )
   with jax.named_scope("results"):
-    place = jnp.where(inputs.emit_B, inputs.place_B, state.last_tokens.shape[0])
-    last_tokens = state.last_tokens.at[place].set(sampled.tokens_B, mode="drop")
+    slot_B = jnp.where(inputs.emit_B, inputs.slot_B, state.last_tokens.shape[0])
+    last_tokens = state.last_tokens.at[slot_B].set(sampled.tokens_B, mode="drop")
     sampled = jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)  # whole on every device and in every process
   return State(cache, last_tokens, history), sampled

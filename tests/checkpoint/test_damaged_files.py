@@ -20,7 +20,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
-from jaxfp8.serving.steps import Limits
+from jaxfp8.serving.limits import EngineLimits
 from jaxfp8.text.chat_template import ChatTemplate
 from tests.helpers import dialect_files, fuzz_worker, gguf_files, tiny_llamas, tiny_models
 from tests.helpers.commands import byte_symbols
@@ -46,8 +46,8 @@ workloads = st.lists(st.tuples(prompts, params), min_size=2, max_size=6)
 
 @functools.cache
 def engine(recipe: str) -> Engine:
-  """Few pages and places: sequences wait, are cut into chunks, and are evicted and computed again."""
-  limits = Limits(
+  """Few pages and places: sequences wait, are cut into chunks, and are preempted and computed again."""
+  limits = EngineLimits(
     num_pages=5, max_sequences=3, max_pages=3, prefill_sizes=(8, 32), decode_sizes=(1, 3), page_size=32, num_logprobs=2
   )
   return Engine(tiny_llamas.load(CASE, RECIPES[recipe]), limits=limits)
@@ -65,7 +65,7 @@ def test_a_request_gets_the_same_bits_alone_and_in_company(recipe, workload):
       assert getattr(company, field) == getattr(alone, field)
 
 
-def test_workloads_do_evict():
+def test_workloads_do_preempt():
   """Else the test above would be weaker than it looks."""
   from jaxfp8.serving import engine as engine_module
 
@@ -83,7 +83,7 @@ def test_workloads_do_evict():
     completions = engine("f32").generate(requests)
   finally:
     engine_module.Scheduler = original
-  assert seen[0].num_evictions > 0 and len({completion.token_ids for completion in completions}) == 1
+  assert seen[0].num_preemptions > 0 and len({completion.token_ids for completion in completions}) == 1
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
-from jaxfp8.serving.steps import Limits
+from jaxfp8.serving.limits import EngineLimits
 from tests.helpers import commands, tiny_llamas, tiny_models
 
 pytestmark = pytest.mark.process
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.process
 CONFIG = dataclasses.replace(
   tiny_models.make_config("gqa_9_3_untied"), num_heads=8, num_kv_heads=4, d_model=64, num_layers=2, name="hosts"
 )
-LIMITS = Limits(num_pages=8, max_sequences=2, max_pages=4, prefill_sizes=(48,), decode_sizes=(2,))
+LIMITS = EngineLimits(num_pages=8, max_sequences=2, max_pages=4, prefill_sizes=(48,), decode_sizes=(2,))
 MESHES = {"tensor 4, data 2": (4, 2)}
 HEARTBEAT = 4
 LETTERS = len(commands.CHAIN.encode())
@@ -217,24 +217,24 @@ class TestPlace:
   )
   def test_impossible_places(self, fields, message):
     with pytest.raises(InputError, match=f"^hosts: .*{message}"):
-      cluster.Place(*fields)
+      cluster.ProcessPlace(*fields)
 
   def test_what_slurm_and_kubernetes_say(self, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "KUBERNETES_", "JOB_COMPLETION"))]:
       monkeypatch.delenv(name)
-    assert not cluster.Place().is_one_of_many
-    assert cluster.Place("h:1", 2, 0).is_one_of_many and cluster.Place("auto").is_one_of_many
+    assert not cluster.ProcessPlace().is_one_of_many
+    assert cluster.ProcessPlace("h:1", 2, 0).is_one_of_many and cluster.ProcessPlace("auto").is_one_of_many
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert not cluster.Place().is_one_of_many, "any pod has that"
+    assert not cluster.ProcessPlace().is_one_of_many, "any pod has that"
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    assert cluster.Place().is_one_of_many
+    assert cluster.ProcessPlace().is_one_of_many
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
       monkeypatch.setenv(f"SLURM_{name}", "8")
-    assert cluster.Place().is_one_of_many
-    assert not cluster.Place(num_processes=1).is_one_of_many
+    assert cluster.ProcessPlace().is_one_of_many
+    assert not cluster.ProcessPlace(num_processes=1).is_one_of_many
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell on a node of a larger job
-    assert not cluster.Place().is_one_of_many
+    assert not cluster.ProcessPlace().is_one_of_many
 
 
 def test_the_page_names_flags_that_exist():

@@ -8,7 +8,8 @@ import numpy as np
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingBatch, SamplingParams
-from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, Limits, StepInput
+from jaxfp8.serving.limits import EngineLimits
+from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, StepInput
 from jaxfp8.sharding import make_mesh
 from tests.helpers import tiny_models
 
@@ -21,7 +22,7 @@ class Row:
   start: int
   stop: int
   pages: tuple[int, ...]
-  place: int = 0
+  slot: int = 0
   emit: bool = True
   params: SamplingParams | None = None
   from_device: bool = False
@@ -32,7 +33,7 @@ class Driver:
 
   def __init__(self, model: Llama, mesh=None, **limits):
     sizes = {"num_pages": 16, "max_sequences": 4, "max_pages": 4, "prefill_sizes": (40, 160), "decode_sizes": (2, 4)}
-    self.limits = Limits(**{**sizes, "num_logprobs": model.config.vocab_size, **limits})
+    self.limits = EngineLimits(**{**sizes, "num_logprobs": model.config.vocab_size, **limits})
     self.config = model.config
     self.steps = CompiledSteps(model, mesh or make_mesh(model.config), self.limits)
     self.state = self.steps.init_state()
@@ -69,7 +70,7 @@ class Driver:
       lengths += [row.stop for row in chunks] + [0] * empty
       tables += [(*row.pages, *[0] * (self.limits.max_pages - len(row.pages))) for row in chunks]
       tables += [(0,) * self.limits.max_pages] * empty
-      places += [row.place for row in chunks] + [self.limits.max_sequences] * empty
+      places += [row.slot for row in chunks] + [self.limits.max_sequences] * empty
       emits += [row.emit for row in chunks] + [False] * empty
       params += [row.params for row in chunks] + [None] * empty
     tokens, starts, lengths, tables, places = (np.array(x, np.int32) for x in (tokens, starts, lengths, tables, places))
@@ -77,10 +78,10 @@ class Driver:
     return StepInput(batch, places, np.array(emits), SamplingBatch.of(params))
 
 
-def random_rows(config, lengths: list[int], first_page: int, first_place: int, seed: int = 5) -> list[Row]:
+def random_rows(config, lengths: list[int], first_page: int, first_slot: int, seed: int = 5) -> list[Row]:
   """Further sequences for the batch beside the tested sequence; one page each."""
   return [
-    Row(tiny_models.make_tokens(config, length, seed + i), 0, length, (first_page + i,), first_place + i)
+    Row(tiny_models.make_tokens(config, length, seed + i), 0, length, (first_page + i,), first_slot + i)
     for i, length in enumerate(lengths)
   ]
 

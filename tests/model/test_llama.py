@@ -21,7 +21,8 @@ from jaxfp8.model.llama import Llama
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
-from jaxfp8.serving.steps import Limits, decode, prefill
+from jaxfp8.serving.limits import EngineLimits
+from jaxfp8.serving.steps import decode, prefill
 from tests.helpers import tiny_llamas, tiny_models
 from tests.helpers.tiny_llamas import F32
 
@@ -112,7 +113,7 @@ class TestRealModel:
       Request(tuple(golden[f"ids_{i}"].tolist()), SamplingParams(max_new_tokens=64, ignore_eos=True)) for i in range(5)
     ]
     total = sum(len(request.prompt) for request in requests)
-    limits = Limits(num_pages=32, max_sequences=5, max_pages=8, prefill_sizes=(total,), decode_sizes=(5,))
+    limits = EngineLimits(num_pages=32, max_sequences=5, max_pages=8, prefill_sizes=(total,), decode_sizes=(5,))
     completions = Engine(real_model, limits=limits).generate(requests)
     for i, completion in enumerate(completions):
       assert list(completion.token_ids) == golden[f"greedy_{i}"].tolist()

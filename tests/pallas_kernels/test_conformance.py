@@ -11,7 +11,8 @@ import pytest
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
-from jaxfp8.serving.steps import CompiledSteps, Limits
+from jaxfp8.serving.limits import EngineLimits
+from jaxfp8.serving.steps import CompiledSteps
 from jaxfp8.sharding import make_mesh
 from pallas_kernels import Target, conformance, dispatch, interpret
 from pallas_kernels.conformance import CHECKS, Check, KernelError, Outcome
@@ -171,7 +172,7 @@ def test_steps_ask_before_they_compile(monkeypatch, implementation):
   config = LlamaConfig.from_name("tiny")
   model = tiny_llamas.load(config, Recipe(weights="f32", kv="f32", activations="f32"), implementation=implementation)
   monkeypatch.setattr(conformance, "require", fail)
-  steps = CompiledSteps(model, make_mesh(config), Limits(num_pages=2, max_sequences=2, max_pages=2))
+  steps = CompiledSteps(model, make_mesh(config), EngineLimits(num_pages=2, max_sequences=2, max_pages=2))
   if implementation == "auto":
     with pytest.raises(InputError, match="the kernel is wrong"):
       steps.compile("decode", 2)

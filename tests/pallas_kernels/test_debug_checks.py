@@ -11,7 +11,7 @@ import pytest
 import jaxfp8
 from jaxfp8.config import LlamaConfig
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.serving.steps import Limits
+from jaxfp8.serving.limits import EngineLimits
 from pallas_kernels import debug, debug_checks, page_write, paged_attention
 from pallas_kernels.fp8_matmul.api import PartialSums
 from pallas_kernels.fused.api import rope_write
@@ -145,7 +145,7 @@ def test_a_models_steps_under_jit_and_grad():
 
 def test_an_engine_with_a_wrong_scheduler(monkeypatch):
   """Page ids are right in an engine unless its scheduler is wrong: here it is."""
-  limits = Limits(num_pages=4, max_sequences=2, max_pages=2, prefill_sizes=(8,), decode_sizes=(2,))
+  limits = EngineLimits(num_pages=4, max_sequences=2, max_pages=2, prefill_sizes=(8,), decode_sizes=(2,))
   engine = jaxfp8.Engine(model(), limits=limits)
   request = jaxfp8.Request((1, 2, 3), jaxfp8.SamplingParams(max_new_tokens=2, ignore_eos=True))
   with debug_checks():

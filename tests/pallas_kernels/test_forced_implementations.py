@@ -13,8 +13,9 @@ from jaxfp8.inspection import deviceless
 from jaxfp8.model.llama import Llama
 from jaxfp8.planning.devices import load_device
 from jaxfp8.recipe import Recipe
+from jaxfp8.serving.limits import EngineLimits
 from jaxfp8.serving.startup import require_implementation
-from jaxfp8.serving.steps import CompiledSteps, Limits
+from jaxfp8.serving.steps import CompiledSteps
 from jaxfp8.sharding import MESH_AXES
 from pallas_kernels import Target, dispatch, interpret, page_write
 from tests.helpers import tiny_llamas, tiny_models
@@ -61,7 +62,9 @@ def test_a_model_for_a_gpu(name, kind):
   spec = load_device("h100")
   mesh = deviceless.absent_mesh(spec, (1, 1, 1), MESH_AXES)
   model = Llama(TINY, FP8, implementation=name)
-  steps = CompiledSteps(model, mesh, Limits(num_pages=4, max_sequences=2, max_pages=2, decode_sizes=(2,), prefill_sizes=(16,)))
+  steps = CompiledSteps(
+    model, mesh, EngineLimits(num_pages=4, max_sequences=2, max_pages=2, decode_sizes=(2,), prefill_sizes=(16,))
+  )
   with deviceless.lowering_for(spec):
     lowered = steps.lower(kind, 2 if kind == "decode" else 16)
   text = steps.build(lowered).as_text()

@@ -105,7 +105,7 @@ class TestScales:
 
   def test_each_choice_against_numpy(self):
     values = np.random.default_rng(0).standard_t(3, (2, 200000)).astype(np.float32)
-    sizes = magnitudes.Magnitudes(2)
+    sizes = magnitudes.HistogramObserver(2)
     for part in np.split(values, 4, axis=1):
       sizes.add(part)
     found = sizes.scales()
@@ -120,7 +120,7 @@ class TestScales:
 
       best = min(error(own.max() / 448 * 2 ** (-step / 8)) for step in range(49))
       assert error(found["mse"][row]) <= 1.01 * best
-    assert (magnitudes.Magnitudes(1).scales()["mse"] == 1).all(), "nothing but zeros has scale 1"
+    assert (magnitudes.HistogramObserver(1).scales()["mse"] == 1).all(), "nothing but zeros has scale 1"
 
   def test_static_logits_against_numpy(self, config, folder, calibrated):
     """As near to float32 as a numpy fake quantization with the same scales, and not as near with other scales."""
@@ -288,7 +288,7 @@ class TestDecisions:
   def test_a_gate(self, folder, config, tmp_path):
     source, chunks = readers.open_source(folder), quality.cut_chunks(tiny_models.make_tokens(config, 300), 128, 64)
     convert.convert_checkpoint(source, tmp_path / "out", Recipe())
-    found = quality_gate.judge(source, tmp_path / "out", chunks, quality_gate.Limits(max_kl=1e-9, min_top1=0))
+    found = quality_gate.judge(source, tmp_path / "out", chunks, quality_gate.GateLimits(max_kl=1e-9, min_top1=0))
     assert len(found["failures"]) == 1 and "KL divergence must be at most 1e-09" in found["failures"][0]
     assert found["positions"] == 128 and 0 < found["kl"]["value"] < 0.2 and json.dumps(found)
 

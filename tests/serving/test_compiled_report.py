@@ -16,7 +16,7 @@ from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning import compile_request as compiled_budget
-from jaxfp8.planning.compile_request import Question
+from jaxfp8.planning.compile_request import CompileRequest
 from jaxfp8.planning.devices import have_compiler
 from jaxfp8.planning.roofline import decode_step, prefill_step, weight_bytes
 
@@ -45,9 +45,9 @@ QUESTIONS = {
 }
 
 
-def question(name: str) -> Question:
+def compile_request(name: str) -> CompileRequest:
   config, device, tensor, changes = QUESTIONS[name]
-  return Question.of(config, device, tensor=tensor, batch=BATCH, context=CONTEXT, **changes)
+  return CompileRequest.of(config, device, tensor=tensor, batch=BATCH, context=CONTEXT, **changes)
 
 
 def need_compiler() -> None:
@@ -58,12 +58,12 @@ def need_compiler() -> None:
 @functools.cache
 def records(name: str) -> dict:
   need_compiler()
-  return compiled_budget.budgets(question(name), timeout_s=280)
+  return compiled_budget.compiled_reports(compile_request(name), timeout_s=280)
 
 
 def planned(name: str, kind: str):
   """(weights' bytes, cost of the step) as the planner has them, from the model's sizes alone."""
-  asked = question(name)
+  asked = compile_request(name)
   model = asked.config, asked.recipe
   weights = weight_bytes(*model, asked.mesh).stored
   if kind == "decode":
@@ -146,11 +146,11 @@ class TestEveryModel:
     for kind in {"decode", "prefill"} & set(records(name)):
       record = records(name)[kind]
       assert record["kernel_costs_per_step"] == record["kernels_per_step"] > 0
-      rows = record["tokens"] * question(name).config.d_model * 2  # of the embedding, which XLA reads
+      rows = record["tokens"] * compile_request(name).config.d_model * 2  # of the embedding, which XLA reads
       assert record["weight_read_bytes"] - record["kernel_weight_bytes"] == rows
 
   def test_a_layer_is_few_launches(self, name):
-    record, alone = records(name)["decode"], question(name).mesh.tensor == 1
+    record, alone = records(name)["decode"], compile_request(name).mesh.tensor == 1
     assert record["launches_per_layer"] <= 12
     assert record["weight_written_bytes"] < 0.02e9
     assert record["temp_bytes"] <= (32e6 if alone else 20e6)  # the float32 logits of a whole vocabulary are 4.1 MB
@@ -182,29 +182,29 @@ class TestQuestions:
   )
   def test_wrong_ones_are_one_sentence(self, changes, words):
     with pytest.raises(InputError, match=words):
-      Question.of("llama-3.1-8b", **{"device": "h100", "batch": BATCH, "context": CONTEXT, **changes})
+      CompileRequest.of("llama-3.1-8b", **{"device": "h100", "batch": BATCH, "context": CONTEXT, **changes})
 
   def test_json_and_back(self):
-    asked = Question.of("llama-3.1-8b", "h100", batch=8, context=64, prefill=32, data=2)
-    assert Question.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    asked = CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64, prefill=32, data=2)
+    assert CompileRequest.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
     assert asked.mesh == MeshShape(data=2)
 
   def test_an_abort_and_a_slow_compiler(self, monkeypatch, tmp_path):
     monkeypatch.setattr(compiled_budget, "have_compiler", lambda: True)
-    asked = Question.of("llama-3.1-8b", "h100", batch=8, context=64)
+    asked = CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64)
     with pytest.raises(InputError, match="took more than 0 s"):
-      compiled_budget.budgets(asked, timeout_s=0.05)
+      compiled_budget.compiled_reports(asked, timeout_s=0.05)
     (tmp_path / "python").write_text("#!/bin/sh\necho LLVM ERROR: cannot select >&2\nkill -6 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(InputError, match="ended without a result: LLVM ERROR"):
-      compiled_budget.budgets(asked, save=str(tmp_path / "kept"))
+      compiled_budget.compiled_reports(asked, save=str(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()
 
   def test_no_compiler(self, monkeypatch):
     monkeypatch.setattr(compiled_budget, "have_compiler", lambda: False)
     with pytest.raises(InputError, match="Install the extra"):
-      compiled_budget.budgets(Question.of("llama-3.1-8b", "h100", batch=8, context=64))
+      compiled_budget.compiled_reports(CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64))
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -13,8 +13,8 @@ from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request, default_limits, sizes_up_to
+from jaxfp8.serving.limits import EngineLimits
 from jaxfp8.serving.scheduler import Scheduler
-from jaxfp8.serving.steps import Limits
 from jaxfp8.sharding import make_mesh
 from jaxfp8.text.tokenizer import Tokenizer
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
@@ -24,9 +24,9 @@ CONFIG = tiny_models.make_config(CASE)
 RECIPE = Recipe("fp8", "channel", "bf16", "fp8")
 
 
-def limits(**changes) -> Limits:
+def limits(**changes) -> EngineLimits:
   sizes = {"num_pages": 12, "max_sequences": 3, "max_pages": 4, "prefill_sizes": (48,), "decode_sizes": (3,)}
-  return Limits(**{**sizes, "num_logprobs": 5, **changes})
+  return EngineLimits(**{**sizes, "num_logprobs": 5, **changes})
 
 
 @functools.cache
@@ -103,12 +103,14 @@ class TestBatch:
     forwards, backwards = engine().generate(requests), engine().generate(requests[::-1])
     assert tokens_of(forwards) == tokens_of(backwards)[::-1]
 
-  @pytest.mark.parametrize(("num_pages", "evicts"), [(3, True), (5, True), (12, False)])
-  def test_a_small_pool_gives_the_same_tokens(self, num_pages, evicts, monkeypatch):
+  @pytest.mark.parametrize(("num_pages", "preempts"), [(3, True), (5, True), (12, False)])
+  def test_a_small_pool_gives_the_same_tokens(self, num_pages, preempts, monkeypatch):
     """Three pages hold exactly one of the longest sequences."""
-    evictions = []
-    evict = Scheduler._evict
-    monkeypatch.setattr(Scheduler, "_evict", lambda self, sequence: (evictions.append(sequence), evict(self, sequence))[1])
+    preemptions = []
+    preempt = Scheduler._preempt
+    monkeypatch.setattr(
+      Scheduler, "_preempt", lambda self, sequence: (preemptions.append(sequence), preempt(self, sequence))[1]
+    )
     requests = [
       request(62, 40, 1),
       request(60, 70, 2, temperature=1.0),
@@ -117,10 +119,10 @@ class TestBatch:
     ]
     requests += [request(128, 64, 5), request(1, 3, 6)]
     wanted = [alone(one) for one in requests]
-    evictions.clear()
+    preemptions.clear()
     with changed(limits=limits(num_pages=num_pages)) as small:
       assert tokens_of(small.generate(requests)) == wanted
-    assert bool(evictions) == evicts
+    assert bool(preemptions) == preempts
 
   def test_another_seed_gives_another_text(self):
     texts = {alone(request(10, 12, seed, temperature=1.5)) for seed in range(4)}

@@ -100,7 +100,7 @@ def _generate(tensor: int, data: int):
     tiny_llamas.load(CONFIG, F32, mesh=mesh), mesh, num_pages=4, max_sequences=2, prefill_sizes=(56,), decode_sizes=(2,)
   )
   prompts = [tiny_models.make_tokens(CONFIG, n, seed=n) for n in (40, 15)]
-  rows = [Row(prompts[0], 0, 40, (3,)), Row(prompts[1], 0, 15, (2,), place=1)]
+  rows = [Row(prompts[0], 0, 40, (3,)), Row(prompts[1], 0, 15, (2,), slot=1)]
 
   def shards(rows):
     return [rows] if data == 1 else [[rows[0]], [rows[1]], *[[]] * (data - 2)]

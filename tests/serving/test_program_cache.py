@@ -17,6 +17,7 @@ import jax
 if sys.argv[2] == "jax":
   jax.config.update("jax_enable_compilation_cache", True)
 from jaxfp8.serving import steps
+from jaxfp8.serving.limits import EngineLimits
 from jaxfp8.config import LlamaConfig
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
@@ -28,7 +29,7 @@ lowered = []
 lower = steps.CompiledSteps.lower
 steps.CompiledSteps.lower = lambda self, kind, size: lowered.append(kind) or lower(self, kind, size)
 model = random_weights(Llama(LlamaConfig.from_name("tiny"), Recipe(kv="fp8")), jax.random.key(0))
-limits = steps.Limits(num_pages=2, max_sequences=2, max_pages=1, prefill_sizes=(32,), decode_sizes=(2,))
+limits = EngineLimits(num_pages=2, max_sequences=2, max_pages=1, prefill_sizes=(32,), decode_sizes=(2,))
 engine = Engine(model, limits=limits)
 answers = engine.generate([Request((5, 6, 7), SamplingParams(max_new_tokens=8, ignore_eos=True))] * 2)
 print(json.dumps([lowered, [answer.token_ids for answer in answers]]))

@@ -29,16 +29,16 @@ def token_of(request_id: int, position: int) -> int:
 
 
 class Spy(Scheduler):
-  """Checks evictions as they happen, and notes who was admitted first."""
+  """Checks preemptions as they happen, and notes who was admitted first."""
 
   def __init__(self, **sizes):
     super().__init__(**sizes)
     self.admitted = []
 
-  def _evict(self, sequence):
-    assert sequence.unread == 0, "its unread token would be lost"
+  def _preempt(self, sequence):
+    assert sequence.num_unread_tokens == 0, "its unread token would be lost"
     assert sequence is [s for s in self.running if s.shard == sequence.shard][-1], "only the youngest"
-    super()._evict(sequence)
+    super()._preempt(sequence)
 
   def _admit(self):
     before = list(self.running)
@@ -57,14 +57,14 @@ class Device:
     for shard, chunks in enumerate(plan.shards):
       for chunk in chunks:
         for position in range(chunk.start, chunk.stop):
-          token = self.last[shard, chunk.sequence.place] if chunk.from_device else chunk.sequence.tokens[position]
+          token = self.last[shard, chunk.sequence.slot] if chunk.from_device else chunk.sequence.tokens[position]
           assert token == token_of(chunk.sequence.request_id, position)
           self.slots[self._slot(shard, chunk, position)] = token
       for chunk in chunks:  # attention: everything that a chunk reads is its own
         for position in range(chunk.stop):
           assert self.slots[self._slot(shard, chunk, position)] == token_of(chunk.sequence.request_id, position)
         if chunk.emits:
-          self.last[shard, chunk.sequence.place] = token_of(chunk.sequence.request_id, chunk.stop)
+          self.last[shard, chunk.sequence.slot] = token_of(chunk.sequence.request_id, chunk.stop)
 
   def _slot(self, shard, chunk, position):
     return shard, chunk.pages[position // self.page_size], position % self.page_size
@@ -88,7 +88,7 @@ def simulate(jobs: list[Job], *, num_shards=1, **sizes) -> tuple[Spy, list[StepP
     scheduler.check_integrity()
     if num_shards == 1:
       waiting = [(jobs[s.request_id].arrives, s.request_id) for s in scheduler.waiting]
-      assert waiting == sorted(waiting), "who was evicted comes before who has not started"
+      assert waiting == sorted(waiting), "who was preempted comes before who has not started"
     if plan:
       check_plan(plan, scheduler, sizes)
       device.run(plan)
@@ -120,11 +120,11 @@ def check_plan(plan: StepPlan, scheduler: Scheduler, sizes) -> None:
     assert len(chunks) <= sizes["max_sequences"]
     assert sum(chunk.stop - chunk.start for chunk in chunks) <= plan.num_tokens
     assert len({chunk.sequence for chunk in chunks}) == len(chunks)
-    assert len({chunk.sequence.place for chunk in chunks}) == len(chunks)
+    assert len({chunk.sequence.slot for chunk in chunks}) == len(chunks)
     for chunk in chunks:
       assert chunk.sequence.shard == shard and chunk.sequence in scheduler.running
       assert 0 <= chunk.start < chunk.stop <= chunk.sequence.max_tokens - 1
-      assert 0 <= chunk.sequence.place < sizes["max_sequences"]
+      assert 0 <= chunk.sequence.slot < sizes["max_sequences"]
       assert len(chunk.pages) * sizes["page_size"] >= chunk.stop
     pages = [page for chunk in chunks for page in chunk.pages]
     assert len(set(pages)) == len(pages), "two sequences share a page"
@@ -168,8 +168,8 @@ def test_random_workloads(workload):
   scheduler, plans = simulate(jobs, **sizes)
   arrived = sorted(range(len(jobs)), key=lambda index: jobs[index].arrives)
   assert scheduler.admitted == arrived, "first come, first admitted"
-  # Every eviction costs at most one computation of a sequence again; without one, nothing is computed twice.
-  if scheduler.num_evictions == 0:
+  # Every preemption costs at most one computation of a sequence again; without one, nothing is computed twice.
+  if scheduler.num_preemptions == 0:
     computed = sum(chunk.stop - chunk.start for plan in plans for chunk in plan.chunks())
     beyond = sum(job.stop_after is not None for job in jobs)  # the step after a stop token was already under way
     assert computed <= sum(job.prompt + job.num_new - 1 for job in jobs) + beyond
@@ -216,7 +216,7 @@ def test_every_shard_is_used():
 
 
 def test_a_full_shard_does_not_stop_the_others():
-  """Shard 0 waits for an unread token before it may evict; shard 1 goes on meanwhile."""
+  """Shard 0 waits for an unread token before it may preempt; shard 1 goes on meanwhile."""
   jobs = [Job(prompt=4, new=28), Job(prompt=4, new=28), Job(prompt=4, new=28), Job(prompt=1, new=2)]
   _, plans = simulate(jobs, num_pages=8, page_size=4, max_sequences=2, max_tokens=16, num_shards=2)
   second = [any(c.sequence.request_id == 1 for c in plan.chunks()) for plan in plans]
@@ -230,10 +230,10 @@ def test_one_step_ahead():
   first, second, third = (scheduler.schedule() for _ in range(3))
   assert [c.from_device for plan in (first, second, third) for c in plan.chunks()] == [False, True, True]
   assert [plan.kind for plan in (first, second, third)] == ["prefill", "decode", "decode"]
-  assert scheduler.schedule() is None and sequence.unread == 3
+  assert scheduler.schedule() is None and sequence.num_unread_tokens == 3
   for plan, token in ((first, 8), (second, 9), (third, 10)):
     scheduler.commit(plan, {sequence: token})
-  assert sequence.tokens == [5, 6, 7, 8, 9, 10] and sequence.unread == 0
+  assert sequence.tokens == [5, 6, 7, 8, 9, 10] and sequence.num_unread_tokens == 0
 
 
 @pytest.mark.parametrize("prompt", [1, 30, 33])

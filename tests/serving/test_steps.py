@@ -16,7 +16,8 @@ from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine, Request
-from jaxfp8.serving.steps import CompiledSteps, Limits, prefill
+from jaxfp8.serving.limits import EngineLimits
+from jaxfp8.serving.steps import CompiledSteps, prefill
 from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_llamas, tiny_models
 from tests.helpers.step_driver import Driver, Row, bits, random_rows
@@ -106,8 +107,8 @@ class TestBitEquality:
     """One sequence of 75 tokens through programs of 40 and 160 tokens and of 2 and 4 sequences, alone and in company."""
     driver = driver_of("gqa_9_3_untied", recipe)
     tokens = tiny_models.make_tokens(driver.config, 75)
-    row = functools.partial(Row, tokens, pages=(9, 2), place=1)
-    others = random_rows(driver.config, [33, 12], first_page=3, first_place=2)
+    row = functools.partial(Row, tokens, pages=(9, 2), slot=1)
+    others = random_rows(driver.config, [33, 12], first_page=3, first_slot=2)
 
     chosen, whole = driver.prefill([row(0, 75)])
     assert chosen[0] == whole[0].argmax()
@@ -150,17 +151,17 @@ class TestState:
     """FROM_DEVICE takes what was chosen last for the sequence's place; a middle piece leaves that alone."""
     driver = driver_of("gqa_9_3_untied", "bf16")
     tokens = tiny_models.make_tokens(driver.config, 30)
-    chosen, _ = driver.prefill([Row(tokens, 0, 30, (4,), place=2), Row(tokens, 0, 8, (5,), place=0)])
+    chosen, _ = driver.prefill([Row(tokens, 0, 30, (4,), slot=2), Row(tokens, 0, 8, (5,), slot=0)])
     assert chosen[0] != chosen[1]
-    driver.prefill([Row(tokens, 0, 5, (6,), place=1), Row(tokens, 0, 3, (7,), place=2, emit=False)])
+    driver.prefill([Row(tokens, 0, 5, (6,), slot=1), Row(tokens, 0, 3, (7,), slot=2, emit=False)])
     last = np.asarray(driver.state.last_tokens)
     assert last[2] == chosen[0] and last[0] == chosen[1]
     longer = np.append(tokens, chosen[0])
-    by_device = driver.decode([Row(tokens, 30, 31, (4,), place=2, from_device=True, emit=False)])
-    by_host = driver.decode([Row(longer, 30, 31, (4,), place=2, emit=False)])
+    by_device = driver.decode([Row(tokens, 30, 31, (4,), slot=2, from_device=True, emit=False)])
+    by_host = driver.decode([Row(longer, 30, 31, (4,), slot=2, emit=False)])
     assert by_device[0] == by_host[0]
     np.testing.assert_array_equal(bits(by_device[1]), bits(by_host[1]))
-    wrong = driver.decode([Row(tokens, 30, 31, (4,), place=0, from_device=True)])
+    wrong = driver.decode([Row(tokens, 30, 31, (4,), slot=0, from_device=True)])
     assert not np.array_equal(bits(wrong[1]), bits(by_host[1])), "another place holds another token"
 
   @pytest.mark.parametrize("recipe", ["bf16", "fp8_everything"])
@@ -204,7 +205,7 @@ class TestState:
 
   def test_a_model_for_another_mesh_is_refused(self):
     config = tiny_models.make_config("mha_tied")
-    limits = Limits(num_pages=1, max_sequences=1, max_pages=1)
+    limits = EngineLimits(num_pages=1, max_sequences=1, max_pages=1)
     with pytest.raises(InputError, match="Load it for this mesh"):
       CompiledSteps(tiny("mha_tied", "f32"), make_mesh(config, tensor=2), limits)
 
@@ -288,7 +289,7 @@ class TestMeshes:
 def _generate(driver, data):
   """Two prompts and three greedy steps of both: (tokens [4, 2], log-probabilities [4, 2, V])."""
   prompts = [tiny_models.make_tokens(driver.config, n, seed=n) for n in (70, 31)]
-  rows = [Row(prompts[0], 0, 70, (1, 3)), Row(prompts[1], 0, 31, (2,), place=1)]
+  rows = [Row(prompts[0], 0, 70, (1, 3)), Row(prompts[1], 0, 31, (2,), slot=1)]
 
   def shards():
     return [[rows[0]], [rows[1]]] if data == 2 else [rows]
@@ -315,7 +316,7 @@ class TestNoCompilation:
       jax.jit(lambda x: x * 3 + 1)(np.ones(7, np.float32))
       assert {name.rsplit("/", 1)[1] for name in events} == {"backend_compile_duration", "jaxpr_trace_duration"}
       model = tiny("mha_tied", "bf16")
-      limits = Limits(num_pages=6, max_sequences=3, max_pages=4, prefill_sizes=(48,), decode_sizes=(3,))
+      limits = EngineLimits(num_pages=6, max_sequences=3, max_pages=4, prefill_sizes=(48,), decode_sizes=(3,))
       engine = Engine(model, limits=limits)
       engine.compile()
       events.clear()
@@ -348,7 +349,7 @@ class TestNoCompilation:
 )
 def test_impossible_limits(change, message):
   with pytest.raises(InputError, match=f"limits: .*{message}"):
-    Limits(**{"num_pages": 8, "max_sequences": 5, "max_pages": 2, "decode_sizes": (2, 8)} | change)
+    EngineLimits(**{"num_pages": 8, "max_sequences": 5, "max_pages": 2, "decode_sizes": (2, 8)} | change)
 
 
 def _tokens_first(pool, axis) -> np.ndarray:

@@ -192,11 +192,11 @@ def models_record(bench: Bench, name: str) -> dict[str, Any]:
   from jaxfp8.model.sampling import SamplingParams
   from jaxfp8.planning.roofline import bound, decode_step, prefill_step
   from jaxfp8.serving.engine import Engine, Request, Stats
-  from jaxfp8.serving.steps import Limits
+  from jaxfp8.serving.limits import EngineLimits
 
   model, batch, prompt, new = model_of(bench, name)
   pages = -(-(prompt + new) // 64)
-  limits = Limits(
+  limits = EngineLimits(
     num_pages=batch * pages,
     max_sequences=batch,
     max_pages=pages,
