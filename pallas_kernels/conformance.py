@@ -197,14 +197,14 @@ def _matmul(form: str, T: int, F: int, D: int, block: bool = False):
   return arguments
 
 
-def _pages(rng, K: int, H: int, C: int, num_pages: int, fp8: bool):
+def _pages(rng, K: int, H: int, C: int, num_pages: int, *, fp8: bool):
   shapes = (num_pages, K, C, H), (num_pages, K, H, C)
   if not fp8:
     return tuple(rng.standard_normal(shape).astype(BF16) for shape in shapes)
   return (*(_float8(rng, *shape) for shape in shapes), *(_spread(rng, num_pages, K, C) / 100 for _ in range(2)))
 
 
-def _attention(lengths, counts, fp8: bool, quantize: bool, K=2, G=3, H=64, C=64):
+def _attention(lengths, counts, *, fp8: bool, quantize: bool, K=2, G=3, H=64, C=64):
   """Arguments of `_attend`; pages of sequences in no order, none of them the first."""
 
   def arguments():
@@ -214,7 +214,7 @@ def _attention(lengths, counts, fp8: bool, quantize: bool, K=2, G=3, H=64, C=64)
     starts = None if counts is None else np.cumsum([0, *counts]).astype(np.int32)
     table = (1 + rng.permutation(B * M)).reshape(B, M).astype(np.int32)
     q = rng.standard_normal((T, K * G, H)).astype(BF16)
-    return q, _pages(rng, K, H, C, B * M + 1, fp8), table, starts, np.asarray(lengths, np.int32)
+    return q, _pages(rng, K, H, C, B * M + 1, fp8=fp8), table, starts, np.asarray(lengths, np.int32)
 
   def call(q, pages, *where, **kernels):
     k_scale, v_scale = pages[2:] or (None, None)
@@ -233,7 +233,7 @@ def _rope_arguments(T=3, K=2, G=3, H=64, C=64):
   sums = rng.standard_normal((2, T, K * (G + 2) * H)).astype(np.float32), _spread(rng, K * (G + 2) * H), _spread(rng, T)
   angles = rng.standard_normal((T, H // 2)).astype(np.float32)
   table, lengths = np.arange(1, 2 * T + 1, dtype=np.int32).reshape(T, 2), np.array([70, 1, 64][:T], np.int32)
-  return *sums, np.cos(angles), np.sin(angles), _pages(rng, K, H, C, 2 * T + 2, True), table, lengths
+  return *sums, np.cos(angles), np.sin(angles), _pages(rng, K, H, C, 2 * T + 2, fp8=True), table, lengths
 
 
 def _rope(parts, w_scale, x_scale, cos, sin, pages, table, lengths, **kernels):
@@ -263,7 +263,7 @@ def _checks() -> Iterator[Check]:
     ("prefill, float8 pages", (130, 40), (37, 40), True, False),
     ("decode, bf16 pages", (70, 128), None, False, False),
   ):
-    call, arguments = _attention(lengths, counts, fp8, quantize)
+    call, arguments = _attention(lengths, counts, fp8=fp8, quantize=quantize)
     yield Check(f"paged_attention ({name})", "paged_attention", call, arguments, ROUNDED if quantize else 0.02)
   norm = functools.partial(residual_norm, eps=1e-5, quantize=True)
   yield Check("residual_norm", "residual_norm", norm, _norm_arguments, ROUNDED)

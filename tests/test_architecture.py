@@ -145,3 +145,21 @@ def test_files_are_short_and_finished(path):
   assert text.count("\n") <= MAX_LINES
   assert "TO" + "DO" not in text and "FIX" + "ME" not in text
   assert ast.get_docstring(ast.parse(text)), "a file says what it is"
+
+
+# Array operands of operations, of jitted steps and of their checks do not count (DESIGN's rule); these functions take arrays.
+ARRAY_OPERANDS = {
+  *("_step", "_one_layer", "_rope", "_check", "_add_page"),
+  *("rope_write", "page_write", "_write_tokens", "_write_pages", "paged_attention"),
+}
+
+
+@pytest.mark.parametrize("path", files_of("jaxfp8", "pallas_kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_at_most_five_positional_parameters(path):
+  long = {}
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.FunctionDef) and node.name not in ARRAY_OPERANDS:
+      names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+      if len(names) > 5:
+        long[node.name] = names
+  assert not long, f"make the others keyword-only: {long}"

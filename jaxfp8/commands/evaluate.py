@@ -254,7 +254,7 @@ class _Models:
       return load.load_source(self.source, recipe, keep_bf16=keep, implementation=FLAGS.implementation)
     key_of_weights = recipe.weights, recipe.granularity, rounding
     if self._last is None or self._last[0] != key_of_weights:
-      calibrator = calibration.Calibrator(self.source, recipe, self.training, rounding, FLAGS.scales, keep)
+      calibrator = calibration.Calibrator(self.source, recipe, self.training, rounding, FLAGS.scales, keep_bf16=keep)
       arrays = {key: array for _, group in calibrator.layers() for key, array in group.items()}
       self._last = key_of_weights, calibrator, arrays
     _, calibrator, arrays = self._last

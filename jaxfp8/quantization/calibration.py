@@ -88,7 +88,7 @@ def calibrate(
   """
   source = open_checkpoint(path)
   recipe = recipe or all_static(source.manifest.recipe if isinstance(source, Checkpoint) else default_recipe(source))
-  calibrator = Calibrator(source, recipe, chunks, rounding, scales, keep_bf16)
+  calibrator = Calibrator(source, recipe, chunks, rounding, scales, keep_bf16=keep_bf16)
   arrays = calibrator.arrays
   facts = {"rounding": rounding, "scales": scales, "tokens": int(chunks.size), **(provenance or {})}
   about = {"source": source.path.name, "dialect": source.dialect, "versions": versions(), "calibration": facts}
@@ -137,6 +137,7 @@ class Calibrator:
     chunks: np.ndarray,
     rounding: str = "nearest",
     scales: str | None = "max",
+    *,
     keep_bf16: Sequence[str] = (),
   ):
     check_rounding(rounding)

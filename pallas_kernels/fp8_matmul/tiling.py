@@ -78,7 +78,7 @@ def key_of(T: int, F: int, D: int, form: Form) -> dict[str, str | int]:
   }
 
 
-def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, wide: bool) -> Tiling:
+def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, *, wide: bool) -> Tiling:
   """`tiling` with measured sizes. Raises ValueError unless the kernels can work with it."""
   unit = unit_of(D, form)
   allowed = {"rows", "depth", "stages", "splits"} | ({"tokens"} if wide else set())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from pallas_kernels.case import BF16, F32, FP8, I32, NUM_PAGES, Flight, TunableC
 from pallas_kernels.dispatch import Target
 from pallas_kernels.float8 import Quantized
 from pallas_kernels.paged_attention import api, cost
-from pallas_kernels.paged_attention.tiling import Tiling, bytes_in_flight, choose_tiling, key_of
+from pallas_kernels.paged_attention.tiling import CallShape, Tiling, bytes_in_flight, choose_tiling, key_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class AttentionCase(TunableCase):
   def flight(self, target: Target) -> Flight:
     tiling = self.tiling(target)
     tiles = self.B if self.T is None else self.T // tiling.tokens + self.B
-    return Flight(tiles * self.K * tiling.splits, bytes_in_flight(self.H, self.C, tiling, self._dtype))
+    return Flight(tiles * self.K * tiling.splits, bytes_in_flight(self.H, self.C, tiling=tiling, dtype=self._dtype))
 
   def cost(self, target: Target) -> tuple[int, int]:
     """For full sequences; in prefill every tile sees all of its sequence."""
     tiling = self.tiling(target)
     tiles = self.B if self.T is None else self.T // tiling.tokens
-    return cost.tma_cost([self.M * self.C] * tiles, self.N, self.K, self.H, self.C, tiling, self._dtype)
+    return cost.tma_cost([self.M * self.C] * tiles, self.N, self.K, self.H, self.C, tiling=tiling, dtype=self._dtype)
 
   def least_work(self, target: Target) -> tuple[int, int]:
     q, k, *_ = self.arguments()
@@ -79,19 +79,20 @@ class AttentionCase(TunableCase):
   def _dtype(self) -> jnp.dtype:
     return FP8 if self.pages == "fp8" else BF16
 
-  def shapes(self) -> tuple[int, int, int, int, int, int, int, bool, Any]:
-    """The arguments of `choose_tiling` and `key_of`: T, N, K, H, C, B, M, decode, dtype."""
-    return self.T or self.B, self.N, self.K, self.H, self.C, self.B, self.M, self.T is None, self._dtype
+  def shape(self) -> CallShape:
+    """The static sizes of this case, for `choose_tiling` and `key_of`."""
+    sizes = self.T or self.B, self.N, self.K, self.H, self.C, self.B, self.M
+    return CallShape(*sizes, decode=self.T is None, dtype=self._dtype)
 
   @property
   def size_names(self) -> tuple[str, ...]:
     return ("stages", "splits") if self.T is None else ("stages", "splits", "tokens")
 
   def tiling(self, target: Target) -> Tiling:
-    return choose_tiling(*self.shapes(), target)
+    return choose_tiling(self.shape(), target)
 
   def tuning_key(self) -> dict[str, str | int]:
-    return key_of(*self.shapes())
+    return key_of(self.shape())
 
   def choices(self, start) -> dict[str, list[int]]:
     splits = sorted({max(1, start["splits"] * n // 4) for n in (1, 2, 3, 6, 8, 12)} | {1})

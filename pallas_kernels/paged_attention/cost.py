@@ -6,7 +6,7 @@ from pallas_kernels.costs import Cost, bytes_of
 from pallas_kernels.paged_attention.tiling import Tiling, query_rows
 
 
-def tma_cost(lengths, N: int, K: int, H: int, C: int, tiling: Tiling, dtype) -> tuple[int, int]:
+def tma_cost(lengths, N: int, K: int, H: int, C: int, *, tiling: Tiling, dtype) -> tuple[int, int]:
   """(bytes of pages and scales that TMA reads, float operations) for tiles that each see `lengths` tokens."""
   token = 2 * (H * jnp.dtype(dtype).itemsize + (4 if dtype == jnp.float8_e4m3fn else 0))
   step = tiling.pages * C

@@ -39,7 +39,16 @@ from pallas_kernels.fp8_matmul.sm90 import power_of_two, shift_of, transforms
 from pallas_kernels.paged_attention.combine import combine
 from pallas_kernels.paged_attention.cost import call_cost
 from pallas_kernels.paged_attention.operands import Operands, Shared, Splits
-from pallas_kernels.paged_attention.tiling import HEAD_SIZES, PAGE_SIZES, ROWS, Tiling, choose_tiling, prefill_tiles, query_rows
+from pallas_kernels.paged_attention.tiling import (
+  HEAD_SIZES,
+  PAGE_SIZES,
+  ROWS,
+  CallShape,
+  Tiling,
+  choose_tiling,
+  prefill_tiles,
+  query_rows,
+)
 from pallas_kernels.register_layouts import row_layout
 
 _LOWEST = -1e30  # below every score; a masked one is lower still, so that its weight is an exact 0
@@ -69,7 +78,7 @@ def paged_attention(
   B, M = page_table_BM.shape
   _check(q_TNH, k_pages)
   decode = query_starts is None
-  tiling = choose_tiling(T, N, K, H, C, B, M, decode, k_pages.dtype, target)
+  tiling = choose_tiling(CallShape(T, N, K, H, C, B, M, decode, k_pages.dtype), target)
   q = q_TNH.reshape(T, K, N // K, H)
   if decode:
     tiles, lengths, limits = None, lengths_B, None

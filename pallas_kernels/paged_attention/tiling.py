@@ -4,9 +4,11 @@ A tile is a few query tokens of one sequence; their G query heads of one KV head
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import tuned
 from pallas_kernels.dispatch import HOPPER_SHARED_BYTES, HOPPER_SMS, Target
@@ -28,15 +30,30 @@ class Tiling:
   ctas_per_sm: int
 
 
-def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> Tiling:
+class CallShape(NamedTuple):
+  """The static sizes of one attention call (the project's letters), and the dtype of its pages."""
+
+  T: int
+  N: int
+  K: int
+  H: int
+  C: int
+  B: int
+  M: int
+  decode: bool
+  dtype: DTypeLike
+
+
+def choose_tiling(shape: CallShape, target: Target) -> Tiling:
   """Tile sizes for a call, measured ones (tuned.py) or else the formula's. They depend on static sizes only, so one program
   treats every length alike."""
+  T, N, K, H, C, B, M, decode, dtype = shape
   G = N // K
   # Every column costs registers: its output, its softmax and, where K and V are widened, them.
   most = 64 if dtype != jnp.float8_e4m3fn and C <= 64 else 32
   if most < G:
     raise NotImplementedError(f"sm90 needs at most {most} query heads a KV head for these pages; got {G}")
-  sizes = tuned.lookup("paged_attention", target, key_of(T, N, K, H, C, B, M, decode, dtype))
+  sizes = tuned.lookup("paged_attention", target, key_of(shape))
   tokens = 1 if decode else sizes["tokens"] if "tokens" in sizes else most // G
   columns = next((c for c in (16, 32, 64) if c >= tokens * G), 0)
   pages = max(1, ROWS // C)
@@ -52,10 +69,10 @@ def choose_tiling(T, N, K, H, C, B, M, decode: bool, dtype, target: Target) -> T
   return Tiling(tokens, columns, pages, max(stages, 2), splits, ctas)
 
 
-def key_of(T, N, K, H, C, B, M, decode: bool, dtype) -> dict[str, str | int]:
+def key_of(shape: CallShape) -> dict[str, str | int]:
   """How a measured entry is found. Sizes: stages, splits, and for prefill tokens."""
-  shapes = {"N": N, "K": K, "H": H, "C": C, "B": B, "M": M, "pages": jnp.dtype(dtype).name}
-  return {"regime": "decode", **shapes} if decode else {"regime": "prefill", "T": T, **shapes}
+  sizes = {letter: getattr(shape, letter) for letter in "NKHCBM"} | {"pages": jnp.dtype(shape.dtype).name}
+  return {"regime": "decode", **sizes} if shape.decode else {"regime": "prefill", "T": shape.T, **sizes}
 
 
 def _possible(tiling: Tiling, sizes, most_tokens: int, steps: int, smem: tuple[int, int]) -> Tiling:

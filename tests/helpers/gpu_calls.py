@@ -159,9 +159,9 @@ class Attention:
   def cost(self) -> int:
     (q, k, *_), _ = self.arrays()
     sizes = q.shape[0], self.N, self.K, self.H, self.C, len(self.lengths), self.M
-    tiling = attention_tiling.choose_tiling(*sizes, self.counts is None, k.dtype, self.target)
+    tiling = attention_tiling.choose_tiling(attention_tiling.CallShape(*sizes, self.counts is None, k.dtype), self.target)
     seen = self.lengths if self.counts is None else self._tiles(q.shape[0], tiling.tokens)
-    return attention_cost.tma_cost(seen, self.N, self.K, self.H, self.C, tiling, k.dtype)[0]
+    return attention_cost.tma_cost(seen, self.N, self.K, self.H, self.C, tiling=tiling, dtype=k.dtype)[0]
 
   def _tiles(self, num_tokens, size) -> list[int]:
     """How many keys the last query of each tile sees; tiles that nobody needs see none."""

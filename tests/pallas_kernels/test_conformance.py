@@ -125,7 +125,7 @@ def test_success_is_remembered_by_device_and_driver(first_use, tmp_path):
   conformance._require.cache_clear()  # as in the next process
   conformance.require(FakeGpu(), folder)
   assert first_use.runs == 3
-  assert [path.read_text() for path in folder.iterdir()] == ["a check wgmma 0.001\n"] * 3
+  assert [path.read_text() for path in folder.iterdir()] == ["a check sm90 0.001\n"] * 3
 
 
 def test_without_a_folder_it_is_once_a_process(first_use):

@@ -159,7 +159,7 @@ def test_sizes_are_positive_whole_numbers(size):
 
 
 def attention_call(case: AttentionCase):
-  return case.shapes()
+  return case.shape()
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,13 @@ def attention_call(case: AttentionCase):
 )
 def test_attention(name, sizes, rule):
   call = attention_call(by_name(name))
-  without = attention.choose_tiling(*call, H100)
-  write({"key": attention.key_of(*call), "sizes": sizes}, operation="paged_attention")
+  without = attention.choose_tiling(call, H100)
+  write({"key": attention.key_of(call), "sizes": sizes}, operation="paged_attention")
   if rule:
     with pytest.raises(ValueError, match=f"paged_attention: measured tile sizes need {rule}"):
-      attention.choose_tiling(*call, H100)
+      attention.choose_tiling(call, H100)
     return
-  tiling = attention.choose_tiling(*call, H100)
+  tiling = attention.choose_tiling(call, H100)
   assert tiling != without and all(getattr(tiling, field) == value for field, value in sizes.items())
   assert tiling.columns == 16 and tiling.pages == without.pages
 
