@@ -1,10 +1,10 @@
 """`Engine`: requests in, text out. The main loop of the project:
 
-    plan = scheduler.schedule()             which tokens of which sequences
-    state, sampled = steps.run(state, ..)   started, not waited for
-    commit(previous plan, its tokens)       read one step behind: append, stop, give out text
+    plan = scheduler.schedule()             choose the tokens of the next step
+    state, sampled = steps.run(state, ..)   start the step, without waiting for its result
+    commit(previous plan, its tokens)       read the previous step's tokens: append, stop, yield text
 
-Refuses to know how anything is computed (steps.py) or admitted (scheduler.py).
+Refuses to know how a step is computed (steps.py) and which sequences run (scheduler.py).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from jaxfp8.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One prompt: text (encoded with the tokenizer's BOS rule) or token ids, and how to continue it."""
+  """One prompt and its sampling options. The prompt is text (encoded with the tokenizer's BOS rule) or token ids."""
 
   prompt: str | tuple[int, ...]
   params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
@@ -44,7 +44,7 @@ class Request:
 
 @dataclasses.dataclass
 class Stats:
-  """What an engine has done: tokens and seconds per kind of step, and the context lengths of every decode step's batch."""
+  """Totals of an engine: tokens and seconds per kind of step, and each decode step's context lengths in tokens."""
 
   prefill_tokens: int = 0
   prefill_seconds: float = 0.0
@@ -64,16 +64,16 @@ class Stats:
 
 
 class Engine:
-  """Generates for many requests at once over one model.
+  """Generates text for many requests at once with one model.
 
   Args:
-    model: with arrays, from `load` (for the same mesh) or the user's own.
-    tokenizer: needed for text prompts, text output and stop strings; None works with token ids alone.
-    mesh: from `make_mesh`; None is one device. Where it spans processes, each of them makes the same engine and the same calls
-      with the same requests, and each gets all completions.
-    limits: static sizes; None makes room for 8 sequences of the model's full context, or what memory holds.
+    model: a model with arrays, from `load` (for the same mesh) or the user's own.
+    tokenizer: needed for text prompts, text output and stop strings. With None, prompts and output are token ids alone.
+    mesh: from `make_mesh`; None is one device. If the mesh spans processes, each process makes the same engine and the same
+      calls with the same requests, and each process gets all completions.
+    limits: the static sizes. None makes room for 8 sequences of the model's full context, or for the pages that memory holds.
 
-  Raises InputError when the KV pool is larger than the memory that is free.
+  Raises InputError if the KV pool needs more memory than is free.
   """
 
   def __init__(
@@ -96,7 +96,7 @@ class Engine:
       self.steps.compile(StepKind.DECODE, size)
 
   def generate(self, requests: Seq[Request]) -> list[Completion]:
-    """Runs requests to their end, in flight together; completions in the order of the requests."""
+    """Runs requests together until all have ended. Returns the completions in the order of the requests."""
     outputs: dict[int, Completion] = {}
     for delta in self.stream(requests):
       if delta.completion:
@@ -104,7 +104,10 @@ class Engine:
     return [outputs[index] for index in range(len(requests))]
 
   def stream(self, requests: Seq[Request]) -> Iterator[Delta]:
-    """Like `generate`, giving out each piece of text as soon as it is certain. Raises InputError before anything runs."""
+    """Like `generate`, but yields a `Delta` for each token, with the text that has become certain.
+
+    Raises InputError before the first step for a request that this engine cannot serve, or if processes have other requests.
+    """
     self.compile()
     if hosts.spans_processes(self.steps.mesh):
       hosts.require_same({"requests": hashlib.sha256(repr(list(requests)).encode()).hexdigest()[:16]})
@@ -147,7 +150,10 @@ class Engine:
     return scheduler, outputs
 
   def encode(self, prompt: str | Seq[int]) -> list[int]:
-    """Token ids of a prompt. Raises InputError for an empty one, one out of the vocabulary or longer than the context."""
+    """The token ids of a prompt.
+
+    Raises InputError for an empty prompt, for ids outside of the vocabulary, and for a prompt that fills the context.
+    """
     if isinstance(prompt, str):
       if self.tokenizer is None:
         raise InputError("engine: text prompts need a tokenizer, and this checkpoint has none. Pass token ids.")
@@ -167,7 +173,7 @@ class Engine:
     return tokens
 
   def _inputs(self, plan: StepPlan, outputs: dict[Sequence, Output]) -> StepInput:
-    """The step's batch as numpy arrays, shard after shard."""
+    """The step's batch as numpy arrays. The data shards follow each other along axis 0."""
     limits = self.limits
     if plan.kind is StepKind.PREFILL:
       rows, size = limits.max_sequences, limits.prefill_size(plan.num_tokens)
@@ -190,7 +196,7 @@ class Engine:
     )
 
   def _commit(self, plan: StepPlan, sampled, scheduler: Scheduler, outputs: dict[Sequence, Output]) -> Iterator[Delta]:
-    """Waits for a step's tokens and hands them out."""
+    """Waits for a step's tokens, appends them to their sequences, yields a `Delta` for each, and ends finished sequences."""
     sampled = jax.device_get(sampled)
     rows = len(sampled.tokens_B) // len(plan.shards)
     places = itertools.chain.from_iterable(
@@ -206,12 +212,12 @@ class Engine:
 
 
 def _host_array(values: Any, dtype: Any = None) -> Any:
-  """A numpy array, typed as Any: it becomes a `jax.Array` when the step is called."""
+  """A numpy array, typed as Any: the call of the step turns the array into a `jax.Array`."""
   return np.asarray(values, dtype)
 
 
 def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> EngineLimits:
-  """Room for max_sequences of the model's full context, or for what fits into half of the free memory."""
+  """Limits for max_sequences sequences of the full context, or for the pages that half of the free memory holds, if fewer."""
   max_pages = -(-model.config.max_context // DEFAULT_PAGE_SIZE)
   affordable = memory.room_for_pages(model, mesh, 0.5)
   return EngineLimits(
@@ -223,7 +229,7 @@ def default_limits(model: Llama, mesh: Mesh, max_sequences: int = 8) -> EngineLi
 
 
 def _shard_arrays(chunks: tuple[Chunk, ...], rows: int, size: int, max_pages: int, kind: str):
-  """(tokens [size], query_starts [rows + 1], lengths [rows], page table [rows, max_pages]) of one data shard."""
+  """One data shard's int32 arrays: (tokens [size], query_starts [rows + 1], lengths [rows], page table [rows, max_pages])."""
   tokens, starts = np.zeros(size, np.int32), np.zeros(rows + 1, np.int32)
   lengths, table = np.zeros(rows, np.int32), np.zeros((rows, max_pages), np.int32)
   for row, chunk in enumerate(chunks):

@@ -1,4 +1,7 @@
-"""How much memory devices have free, and whether a KV pool fits into it: the same answer in every process."""
+"""The free memory of devices, and whether a KV pool fits into it.
+
+Functions that take a mesh give the same answer in every process.
+"""
 
 import resource
 from typing import Any
@@ -14,7 +17,7 @@ from jaxfp8.sharding import KV
 
 
 def free_bytes(device: Any) -> int:
-  """Memory that this process may still take on `device`; on a CPU, what the operating system calls available."""
+  """Bytes that this process may still allocate on `device`. On a CPU: the operating system's MemAvailable."""
   if device.platform == "cpu":
     with open("/proc/meminfo", encoding="ascii") as file:
       fields = dict(line.split(":", 1) for line in file)
@@ -24,25 +27,25 @@ def free_bytes(device: Any) -> int:
 
 
 def room_for_pages(model: Llama, mesh: Mesh, share: float) -> int:
-  """Pages of a data shard's pool that `share` of the free memory holds, where the least of it is free."""
+  """The number of pages, per data shard, that fit into `share` (0 .. 1) of the free memory of the process with least."""
   page_bytes = KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
   room = int(least_free_bytes(mesh) * share) // _sharing(mesh)
   return room * mesh.shape[KV] // page_bytes
 
 
 def least_free_bytes(mesh: Mesh) -> int:
-  """What is free for a device of the mesh (on CPUs: for all of a process's), in the process that has least."""
+  """Free bytes of a device of the mesh, in the process with least. All CPU devices of a process share these bytes."""
   free = free_bytes(mesh.local_devices[0])
   return hosts.least(free) if hosts.spans_processes(mesh) else free
 
 
 def _sharing(mesh: Mesh) -> int:
-  """Devices of the mesh that share one memory: on a CPU all of a process."""
+  """The number of devices that share one memory: on a CPU all local devices of the mesh, on a GPU 1."""
   return len(mesh.local_devices) if mesh.local_devices[0].platform == "cpu" else 1
 
 
 def require_kv_fits(model: Llama, limits: EngineLimits, mesh: Mesh) -> int:
-  """Bytes of the KV pool over all devices. Raises InputError if a device's part is more than it has free."""
+  """Bytes of the KV pool over all devices. Raises InputError if a device's part exceeds its free memory."""
   shards = mesh.devices.shape[0]
   pool = KVCache.abstract(model.config, limits.num_pages * shards, model.recipe.kv, limits.page_size).nbytes
   needed, free = pool // (shards * mesh.shape[KV]) * _sharing(mesh), least_free_bytes(mesh)
@@ -55,7 +58,10 @@ def require_kv_fits(model: Llama, limits: EngineLimits, mesh: Mesh) -> int:
 
 
 def peak_bytes() -> int:
-  """Most memory of this process that was resident. (getrusage counts what its parent had when it was started, too.)"""
+  """The peak resident memory of this process, in bytes.
+
+  Without /proc, getrusage gives the peak, which includes the memory of the parent when it started this process.
+  """
   try:
     with open("/proc/self/status", encoding="ascii") as file:
       return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

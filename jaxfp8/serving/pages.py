@@ -1,12 +1,13 @@
-"""Which pages of the KV pool belong to whom. Host bookkeeping: Python ints, no jax, no idea of what a page holds."""
+"""The owners of the KV pool's pages, in Python ints on the host. Imports no jax; refuses to know the contents of a page."""
 
 from jaxfp8.errors import InputError
 
 
 class PageAllocator:
-  """Pages 0 .. num_pages - 1 of one pool, handed out and taken back. Owners are any hashable.
+  """Allocates and frees pages 0 .. num_pages - 1 of one pool. An owner is any hashable object.
 
-  Freed pages are handed out again last-in first-out, so that a busy pool touches few pages.
+  Freed pages are allocated again last-in first-out, so that a busy pool touches few pages. page_size: tokens in a page.
+  Raises InputError if num_pages or page_size is below 1.
   """
 
   def __init__(self, num_pages: int, page_size: int):
@@ -22,19 +23,21 @@ class PageAllocator:
     return len(self._free)
 
   def pages_for(self, num_tokens: int) -> int:
+    """The number of pages that hold num_tokens tokens."""
     return -(-num_tokens // self.page_size)
 
   def pages_of(self, owner: object) -> list[int]:
-    """The owner's pages in order of its tokens."""
+    """The owner's pages in the order of its tokens; empty for an owner without pages."""
     return self._owned.get(owner, [])
 
   def can_grow(self, owner: object, num_tokens: int) -> bool:
+    """Whether enough pages are free for `owner` to hold num_tokens tokens."""
     return self.pages_for(num_tokens) - len(self.pages_of(owner)) <= self.num_free
 
   def grow(self, owner: object, num_tokens: int) -> list[int]:
-    """Gives `owner` pages until it can hold num_tokens; returns all of its pages.
+    """Allocates pages until `owner` can hold num_tokens tokens. Returns all pages of the owner.
 
-    Raises InputError, and gives nothing, when too few are free.
+    Raises InputError, and allocates none, if too few pages are free.
     """
     if not self.can_grow(owner, num_tokens):
       raise InputError(
@@ -47,11 +50,11 @@ class PageAllocator:
     return pages
 
   def free(self, owner: object) -> None:
-    """Takes back all pages of `owner`; nothing happens for one that has none."""
+    """Frees all pages of `owner`. Does nothing for an owner without pages."""
     self._free.extend(reversed(self._owned.pop(owner, [])))
 
   def check_integrity(self) -> None:
-    """Raises RuntimeError unless every page is free or owned exactly once: a bug of ours, not a caller's mistake."""
+    """Raises RuntimeError, for a bug in this package, unless every page is free or owned exactly once."""
     held = self._free + [page for pages in self._owned.values() for page in pages]
     if sorted(held) != list(range(self.num_pages)):
       raise RuntimeError(

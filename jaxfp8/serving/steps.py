@@ -1,12 +1,12 @@
-"""The programs: `prefill` and `decode` as pure functions, and `CompiledSteps`, which compiles them ahead of time.
+"""The steps: `prefill` and `decode` as pure functions, and `CompiledSteps`, which compiles them ahead of time.
 
     logits_BV, cache = prefill(model, cache, batch)     # a researcher's loop
-    state, sampled = steps.run(state, inputs)           # the engine's: sampling fused in, state donated
+    state, sampled = steps.run(state, inputs)           # the engine's loop: sampling is fused in, state is donated
 
-A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even where all are 1, one program per kind
-and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next step can be
-started before anyone has read them; what is returned is whole on every device.
-Refuses to know requests, text and which sequence owns which page.
+A compiled step is jit(shard_map(step)) over the mesh ("data", "kv", "group"), even if all its axes are 1. There is one program
+for each kind and size of batch. The tokens that a step chooses stay on the device, in `State.last_tokens`, so that the next
+step can start before the host has read them. `sampled` is replicated: each device has the tokens of all data shards.
+Refuses to know requests, text and the owners of pages.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ from jaxfp8.serving.limits import EngineLimits, StepKind
 from jaxfp8.sharding import DATA, TENSOR, abstract_array, concatenate_over, mesh_shape
 from pallas_kernels import Target, conformance, debug, float8_bytes
 
-# A layer's launches, its all-reduces among them, are one CUDA graph: XLA's default cuts it at every collective and loop.
+# With these command types a layer, all-reduces included, is one CUDA graph. XLA's default cuts at every collective and loop.
 GPU_OPTIONS = {
   "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,COLLECTIVES,WHILE,CONDITIONAL,DYNAMIC_SLICE_FUSION"
 }
-FROM_DEVICE = -1  # in tokens_T: this token is the last one that was chosen for its sequence
+FROM_DEVICE = -1  # in tokens_T: the step takes the token from `State.last_tokens`
 
 
 def prefill(model: Llama, cache: KVCache, batch: PrefillBatch) -> tuple[jax.Array, KVCache]:
-  """Runs ragged prompts; returns (float32 logits [B, V] after each sequence's last token, the cache with them in it)."""
+  """Runs ragged prompts. Returns float32 logits [B, V], after each sequence's last token, and the updated cache."""
   hidden_TD, cache = model(batch, cache)
   with jax.named_scope("last_tokens"):
     last_BD = hidden_TD[batch.last_tokens()]
@@ -47,17 +47,17 @@ def prefill(model: Llama, cache: KVCache, batch: PrefillBatch) -> tuple[jax.Arra
 
 
 def decode(model: Llama, cache: KVCache, batch: DecodeBatch) -> tuple[jax.Array, KVCache]:
-  """Runs one token of each sequence; returns (float32 logits [B, V], the cache with them in it)."""
+  """Runs one token of each sequence. Returns float32 logits [B, V] and the updated cache."""
   hidden_TD, cache = model(batch, cache)
   return model.logits(hidden_TD), cache
 
 
 @flax.struct.dataclass
 class State:
-  """What stays on the devices from step to step; on a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
+  """The arrays that stay on the devices from step to step. On a CPU float8 pages are bytes (pallas_kernels/float8_bytes.py).
 
   last_tokens: int32 [data * slots], the token last chosen for the sequence in each slot.
-  history: int32 [data * slots, tokens of max_pages], the tokens of the sequence in each slot, for penalties.
+  history: int32 [data * slots, max_pages * page_size], the tokens of the sequence in each slot, for penalties.
   """
 
   cache: KVCache
@@ -67,10 +67,10 @@ class State:
 
 @flax.struct.dataclass
 class StepInput:
-  """One step's batch with what sampling needs.
+  """One step's batch and its sampling options, over all data shards.
 
   slot_B: int32, each sequence's row of last_tokens and history on its data shard; out of range for an empty row.
-  emit_B: bool, whether the chosen token is the sequence's next one (false in the middle of a prompt).
+  emit_B: bool, whether the chosen token is the sequence's next token (false in the middle of a prompt).
   """
 
   batch: PrefillBatch | DecodeBatch
@@ -80,7 +80,10 @@ class StepInput:
 
 
 class CompiledSteps:
-  """The programs of one model on one mesh. Holds the weights; everything that changes is in State."""
+  """The programs of one model on one mesh. Holds the weights; the arrays that steps change are in `State`.
+
+  Raises InputError if the model was loaded for another mesh.
+  """
 
   def __init__(self, model: Llama, mesh: Mesh, limits: EngineLimits):
     if mesh_shape(mesh) != dataclasses.replace(model.shape, data=mesh.shape[DATA]):
@@ -100,13 +103,13 @@ class CompiledSteps:
     return self.mesh.shape[DATA]
 
   def init_state(self) -> State:
-    """An empty pool and no tokens, on the devices."""
+    """A `State` on the devices, with an empty pool and no tokens."""
     return jax.jit(float8_bytes.program(self._empty_state, self._target), out_shardings=self._shardings(self._state_specs()))()
 
   def compile(self, kind: str, size: int) -> jax.stages.Compiled:
-    """The program for "prefill" with `size` tokens or "decode" with `size` sequences a data shard, compiled once.
+    """The program for "prefill" with `size` tokens or "decode" with `size` sequences per data shard, compiled once.
 
-    On the first use of a GPU its kernels are compared with plain XLA. Raises InputError where they differ.
+    On the first use of a GPU its kernels are compared with plain XLA. Raises InputError if they differ.
     """
     if (kind, size) not in self._programs:
       start = time.perf_counter()
@@ -114,7 +117,7 @@ class CompiledSteps:
       key = f"{kind} {size} {self._identity}"
       program = program_cache.load(key, self.mesh)
       if program is None:
-        with debug.unchecked():  # `run` looks at the arrays, which it has at hand
+        with debug.unchecked():  # `run` checks the values before it calls the program
           program = self.build(self.lower(kind, size))
         program_cache.store(key, program, self.mesh)
       self._programs[kind, size] = program
@@ -122,7 +125,7 @@ class CompiledSteps:
     return self._programs[kind, size]
 
   def build(self, lowered: jax.stages.Lowered, **options: str) -> jax.stages.Compiled:
-    """Compiles with the options of the mesh's platform, and more of XLA's for who wants to look (xla_dump_to)."""
+    """Compiles with the options of the mesh's platform. `options` adds XLA options, such as xla_dump_to."""
     return lowered.compile(compiler_options={**({} if self._target.platform == "cpu" else GPU_OPTIONS), **options} or None)
 
   def _require_kernels(self) -> None:
@@ -134,11 +137,12 @@ class CompiledSteps:
         raise InputError(str(error)) from error
 
   def lower(self, kind: str, size: int) -> jax.stages.Lowered:
+    """The step of this kind and size, traced and lowered. Needs no arrays."""
     step, args = self.traceable(kind, size)
     return step.lower(*args)
 
   def traceable(self, kind: str, size: int) -> tuple[jax.stages.Wrapped, tuple]:
-    """The step under jit, not yet traced, and its abstract arguments: weights, state (donated), inputs."""
+    """The step under jit, before tracing, and its abstract arguments: weights, state (donated), inputs."""
     inputs = self.abstract_inputs(kind, size)
     state = self.abstract_state()
     input_specs = jax.tree.map(lambda _: PartitionSpec(DATA), inputs)
@@ -162,9 +166,9 @@ class CompiledSteps:
     return jax.jit(step, donate_argnums=1), args
 
   def run(self, state: State, inputs: StepInput) -> tuple[State, Sampled]:
-    """Donates state. Starts one step; the results are on their way when this returns.
+    """Starts one step and returns without waiting for its results. Donates `state`.
 
-    Raises ValueError under `pallas_kernels.debug_checks` for pages, lengths or query starts that cannot be.
+    Under `pallas_kernels.debug_checks`, raises ValueError for impossible pages, lengths or query starts.
     """
     if debug.checking():
       self._check(inputs.batch)
@@ -182,6 +186,7 @@ class CompiledSteps:
       debug.require_pages(type(batch).__name__, *arrays, num_tokens=num_tokens, **sizes)
 
   def abstract_inputs(self, kind: str, size: int) -> StepInput:
+    """The shapes and dtypes of a step's inputs, over all data shards."""
     shards, rows = self.num_shards, self.limits.max_sequences if kind == StepKind.PREFILL else size
     ints = functools.partial(abstract_array, dtype=jnp.int32)
     floats = functools.partial(abstract_array, dtype=jnp.float32)
@@ -198,10 +203,11 @@ class CompiledSteps:
 
   @property
   def num_weights(self) -> int:
-    """How many of a program's arguments, the first ones, are weights."""
+    """The number of weight arrays, which are the first arguments of a program."""
     return len(self._weights)
 
   def abstract_state(self) -> State:
+    """The shapes and dtypes of the state, over all data shards."""
     return jax.eval_shape(float8_bytes.program(self._empty_state, self._target))
 
   def _empty_state(self) -> State:
@@ -213,7 +219,7 @@ class CompiledSteps:
 
   def _state_specs(self) -> State:
     cache = KVCache.abstract(self.config, self.limits.num_pages, self.kv, self.limits.page_size)
-    per_shard: Any = PartitionSpec(DATA)  # a State of partition specs, leaf by leaf
+    per_shard: Any = PartitionSpec(DATA)  # typed as Any: the fields of this State hold partition specs
     return State(cache.specs(), per_shard, per_shard)
 
   def _shardings(self, specs):
@@ -221,7 +227,7 @@ class CompiledSteps:
 
 
 def _split_for_mesh(model: Llama, mesh: Mesh):
-  """(graph, tree, weights, specs): the model as a flat tuple of arrays for shard_map; calls merge while tracing."""
+  """(graph, tree, weights, specs): the model as a flat tuple of arrays for shard_map. `_step` merges them while tracing."""
   twin = Llama(
     model.config,
     model.recipe,
@@ -239,7 +245,7 @@ def _split_for_mesh(model: Llama, mesh: Mesh):
 
 
 def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInput) -> tuple[State, Sampled]:
-  """What one data shard computes."""
+  """The computation of one device: take tokens from the device, run the model, record the history, sample."""
   model = nnx.merge(graph, jax.tree.unflatten(tree, weights))
   batch = inputs.batch
   with jax.named_scope("tokens"):
@@ -266,5 +272,5 @@ def _step(graph, tree, vocab_size, num_logprobs, weights, state, inputs: StepInp
   with jax.named_scope("results"):
     slot_B = jnp.where(inputs.emit_B, inputs.slot_B, state.last_tokens.shape[0])
     last_tokens = state.last_tokens.at[slot_B].set(sampled.tokens_B, mode="drop")
-    sampled = jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)  # whole on every device and in every process
+    sampled = jax.tree.map(lambda x: concatenate_over(x, (DATA,)), sampled)  # replicated on every device, in every process
   return State(cache, last_tokens, history), sampled
