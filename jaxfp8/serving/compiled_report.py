@@ -1,10 +1,10 @@
-"""What the compiled steps of a deployment cost on each GPU: memory, traffic, launches, collectives, CUDA graphs.
+"""The cost of a deployment's compiled steps on each GPU: memory, traffic, launches, collectives, CUDA graphs.
 
-    CompileRequest -> CompiledSteps on a mesh of absent devices -> lower (kernels say their costs) -> compile -> text
+    CompileRequest -> CompiledSteps on a mesh of absent devices -> lower (kernels state their costs) -> compile -> HLO text
              -> measure -> one flat record of plain values for decode, and one for prefill
 
-Compiling may abort the process: `compiled_budget` runs this module as a program in a child. Nothing here has run on a GPU;
-times are floors from the device's peaks.
+The compiler may abort its process, so planning/compile_request.py runs this module as a program in a child process. The steps
+do not run on a GPU: all times are lower bounds, computed from the device's peaks.
 """
 
 import collections
@@ -34,7 +34,7 @@ from pallas_kernels import costs
 
 
 def make_steps(compile_request: CompileRequest, spec: DeviceSpec) -> CompiledSteps:
-  """The programs of an abstract model on absent devices."""
+  """The steps of an abstract model on a mesh of absent devices."""
   shape = compile_request.mesh
   mesh = deviceless.absent_mesh(spec, (shape.data, shape.kv, shape.group), MESH_AXES)
   model = Llama(compile_request.config, compile_request.recipe, shape=dataclasses.replace(shape, data=1))
@@ -51,7 +51,7 @@ def make_steps(compile_request: CompileRequest, spec: DeviceSpec) -> CompiledSte
 
 
 def measure(compile_request: CompileRequest, kind: str, save: pathlib.Path | None = None) -> dict[str, Any]:
-  """The record of "decode" or "prefill". save: an existing folder for the HLO and a jax.export."""
+  """The record of "decode" or "prefill" for one device. save: an existing folder for the HLO text and a jax.export."""
   spec = load_device(compile_request.device)
   steps = make_steps(compile_request, spec)
   sequences = compile_request.batch // compile_request.mesh.data
@@ -92,7 +92,7 @@ def measure(compile_request: CompileRequest, kind: str, save: pathlib.Path | Non
 
 
 def _export(steps: CompiledSteps, kind: str, size: int) -> bytes:
-  """The step over flat arrays, which jax.export can write without knowing our records; the state's are donated."""
+  """The serialized jax.export of the step over flat arrays, since jax.export does not know our records. Donates the state."""
   step, arguments = steps.traceable(kind, size)
   leaves, tree = jax.tree.flatten(arguments)
   state = range(steps.num_weights, steps.num_weights + len(jax.tree.leaves(arguments[1])))
@@ -101,12 +101,12 @@ def _export(steps: CompiledSteps, kind: str, size: int) -> bytes:
 
 
 def _counts(steps: CompiledSteps) -> tuple[int, int]:
-  """How many of the program's arguments are weights, and how many after them are pools."""
+  """(number of weights, number of KV pool arrays): the program's arguments begin with the weights, then the pools."""
   return steps.num_weights, len(jax.tree.leaves(steps.abstract_state().cache))
 
 
 def _memory(program: jax.stages.Compiled, text: str, steps: CompiledSteps) -> dict[str, int]:
-  """Bytes on one device. weight_bytes and kv_bytes are those of the program's own arguments."""
+  """Bytes on one device. weight_bytes and kv_bytes are the sizes of the program's own arguments."""
   memory: Any = program.memory_analysis()
   parsed = hlo.parse(text)
   sizes = {int(x.operands[0]): x.bytes for x in parsed.computations[parsed.entry] if x.opcode == "parameter"}
@@ -121,7 +121,10 @@ def _memory(program: jax.stages.Compiled, text: str, steps: CompiledSteps) -> di
 
 
 def _traffic(text: str, calls: list[costs.Call], steps: CompiledSteps) -> dict[str, Any]:
-  """What a step moves and starts. hbm_bytes: XLA's operations and the kernels together, as if nothing stayed in a cache."""
+  """The bytes that a step moves on one device, its FLOPs, launches and collectives.
+
+  hbm_bytes: of XLA's operations and the kernels, as if no value stayed in a cache. hbm_floor_bytes: of weights and KV alone.
+  """
   tally = traffic.tally(hlo.parse(text), range(_counts(steps)[0]))
 
   def total(field):
@@ -168,7 +171,7 @@ def _traffic(text: str, calls: list[costs.Call], steps: CompiledSteps) -> dict[s
 
 
 def _graphs(thunks: str) -> dict[str, Any]:
-  """Command buffers (CUDA graphs) in XLA's list of what it starts, and whether a layer is one of them."""
+  """The number of command buffers (CUDA graphs) in XLA's thunk sequence, and whether a layer is one command buffer."""
   bodies = re.findall(r"body:\n( *)\d+: (\w+) +\[source *\| sink *\]", thunks)
   return {
     "command_buffers": thunks.count(": kCommandBuffer"),
@@ -177,7 +180,7 @@ def _graphs(thunks: str) -> dict[str, Any]:
 
 
 def _step_cost(record: dict[str, Any], compile_request: CompileRequest, size: int) -> roofline.StepCost:
-  """The roofline's compile_request with the program's own answers."""
+  """The roofline's step cost, with bytes and launches taken from the compiled program."""
   return roofline.StepCost(
     mesh=compile_request.mesh,
     num_tokens=size,
@@ -192,7 +195,7 @@ def _step_cost(record: dict[str, Any], compile_request: CompileRequest, size: in
 
 
 def _parts(record: dict[str, Any], calls: list[costs.Call], spec: DeviceSpec) -> list[dict[str, Any]]:
-  """Per operation: how often it runs, what it moves and computes, and the least time for that."""
+  """Per operation: the number of calls, the bytes, the FLOPs and the roofline time of all calls in a step."""
   parts: dict[str, collections.Counter] = {}
   for call in calls:
     part = parts.setdefault(call.operation, collections.Counter())
@@ -207,7 +210,7 @@ def _parts(record: dict[str, Any], calls: list[costs.Call], spec: DeviceSpec) ->
 
 
 def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-  """The child: one answer with the budgets of each kind. Raises InputError with the last line of the compiler's error."""
+  """Serves the child process: one answer, with the record of each kind. Raises InputError with the compiler's last line."""
   compile_request = CompileRequest.from_dict(request["compile_request"])
   kinds = ("decode", *(["prefill"] if compile_request.prefill else []))
   save = pathlib.Path(request["save"]) if request["save"] else None

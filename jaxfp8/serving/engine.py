@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxfp8.distributed import processes as hosts
+from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.llama import Llama
@@ -27,7 +27,7 @@ from jaxfp8.model.sampling import SamplingBatch, SamplingParams
 from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 from jaxfp8.serving import memory
 from jaxfp8.serving.limits import EngineLimits, StepKind, sizes_up_to
-from jaxfp8.serving.request_output import Completion, Delta, Output
+from jaxfp8.serving.request_output import Completion, Delta, OutputCollector
 from jaxfp8.serving.scheduler import Chunk, Scheduler, Sequence, StepPlan
 from jaxfp8.serving.steps import FROM_DEVICE, CompiledSteps, State, StepInput
 from jaxfp8.sharding import make_mesh, mesh_shape
@@ -109,8 +109,8 @@ class Engine:
     Raises InputError before the first step for a request that this engine cannot serve, or if processes have other requests.
     """
     self.compile()
-    if hosts.spans_processes(self.steps.mesh):
-      hosts.require_same({"requests": hashlib.sha256(repr(list(requests)).encode()).hexdigest()[:16]})
+    if processes.spans_processes(self.steps.mesh):
+      processes.require_same({"requests": hashlib.sha256(repr(list(requests)).encode()).hexdigest()[:16]})
     scheduler, outputs = self._admit(requests)
     previous, before = None, time.perf_counter()
     while scheduler.has_work or previous:
@@ -125,7 +125,7 @@ class Engine:
         before = now
       previous = (plan, started) if plan else None
 
-  def _admit(self, requests: Seq[Request]) -> tuple[Scheduler, dict[Sequence, Output]]:
+  def _admit(self, requests: Seq[Request]) -> tuple[Scheduler, dict[Sequence, OutputCollector]]:
     limits = self.limits
     scheduler = Scheduler(
       num_pages=limits.num_pages,
@@ -146,7 +146,7 @@ class Engine:
         )
       room = min(self.config.max_context, limits.max_pages * limits.page_size) - len(prompt)
       sequence = scheduler.add(index, prompt, min(request.params.max_new_tokens, room))
-      outputs[sequence] = Output(index, len(prompt), request.params, self.config.eos_ids, self.tokenizer)
+      outputs[sequence] = OutputCollector(index, len(prompt), request.params, self.config.eos_ids, self.tokenizer)
     return scheduler, outputs
 
   def encode(self, prompt: str | Seq[int]) -> list[int]:
@@ -172,7 +172,7 @@ class Engine:
       )
     return tokens
 
-  def _inputs(self, plan: StepPlan, outputs: dict[Sequence, Output]) -> StepInput:
+  def _inputs(self, plan: StepPlan, outputs: dict[Sequence, OutputCollector]) -> StepInput:
     """The step's batch as numpy arrays. The data shards follow each other along axis 0."""
     limits = self.limits
     if plan.kind is StepKind.PREFILL:
@@ -195,7 +195,7 @@ class Engine:
       ),
     )
 
-  def _commit(self, plan: StepPlan, sampled, scheduler: Scheduler, outputs: dict[Sequence, Output]) -> Iterator[Delta]:
+  def _commit(self, plan: StepPlan, sampled, scheduler: Scheduler, outputs: dict[Sequence, OutputCollector]) -> Iterator[Delta]:
     """Waits for a step's tokens, appends them to their sequences, yields a `Delta` for each, and ends finished sequences."""
     sampled = jax.device_get(sampled)
     rows = len(sampled.tokens_B) // len(plan.shards)

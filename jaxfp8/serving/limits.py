@@ -13,7 +13,7 @@ from jaxfp8.recipe import DEFAULT_PAGE_SIZE
 
 
 class StepKind(enum.StrEnum):
-  """The two kinds of step. A prefill step computes prompts and may carry decoding sequences; a decode step has only those."""
+  """The two kinds of step. A prefill step computes prompts and may carry decoding sequences; a decode step has no prompts."""
 
   PREFILL = "prefill"
   DECODE = "decode"
@@ -24,9 +24,9 @@ class EngineLimits:
   """The static sizes of a run, per data shard.
 
   num_pages: pages of the KV pool. max_sequences: sequences in flight. max_pages: pages of one sequence.
-  prefill_sizes, decode_sizes: the batches that programs exist for (tokens, sequences), ascending; the last decode size
-    holds max_sequences.
-  num_logprobs: most probable tokens returned with each token.
+  prefill_sizes, decode_sizes: the batch sizes of the compiled programs, in tokens and in sequences, ascending; the last decode
+    size is at least max_sequences.
+  num_logprobs: the number of most probable tokens returned with each token.
 
   Raises InputError for sizes that are not positive or not in order.
   """
@@ -62,6 +62,6 @@ class EngineLimits:
 
 
 def sizes_up_to(largest: int, sizes: Sequence[int]) -> tuple[int, ...]:
-  """The sizes below `largest` and the first that holds it (or `largest` itself, where none does)."""
+  """The sizes below `largest`, and the first size that is at least `largest` (or `largest` itself if there is none)."""
   below = [size for size in sizes if size < largest]
   return (*below, next((size for size in sizes if size >= largest), largest))

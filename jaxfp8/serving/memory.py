@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxfp8.distributed import processes as hosts
+from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
@@ -27,16 +27,16 @@ def free_bytes(device: Any) -> int:
 
 
 def room_for_pages(model: Llama, mesh: Mesh, share: float) -> int:
-  """The number of pages, per data shard, that fit into `share` (0 .. 1) of the free memory of the process with least."""
+  """The number of pages, per data shard, that fit into `share` (0 .. 1) of `least_free_bytes`."""
   page_bytes = KVCache.abstract(model.config, 1, model.recipe.kv).nbytes
   room = int(least_free_bytes(mesh) * share) // _sharing(mesh)
   return room * mesh.shape[KV] // page_bytes
 
 
 def least_free_bytes(mesh: Mesh) -> int:
-  """Free bytes of a device of the mesh, in the process with least. All CPU devices of a process share these bytes."""
+  """Free bytes of one device of the mesh, in the process with the fewest. CPU devices of a process share these bytes."""
   free = free_bytes(mesh.local_devices[0])
-  return hosts.least(free) if hosts.spans_processes(mesh) else free
+  return processes.least(free) if processes.spans_processes(mesh) else free
 
 
 def _sharing(mesh: Mesh) -> int:

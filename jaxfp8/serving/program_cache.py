@@ -1,10 +1,10 @@
-"""Compiled CPU programs kept between runs, ready to be called.
+"""A cache on disk of compiled CPU programs: a later run loads a program and calls it.
 
 JAX's own persistent cache saves XLA's compilation, but every start still traces and lowers the model in Python, which takes
-longer. Here the whole executable is kept, in jax_compilation_cache_dir, under a key of everything that it depends on, this
-package's source included. It works only while JAX's own cache is off (jax_enable_compilation_cache): a program that came out of
-that one serializes without its code, and fails when it is run. Only for CPUs: loading a serialized executable on a GPU has
-not been verified. Like JAX's cache this is native code: who can write to the folder can run code.
+longer. This cache stores the whole executable in jax_compilation_cache_dir. The key covers everything that a program depends
+on, this package's source included. The cache works only while JAX's own cache is off (jax_enable_compilation_cache): a program
+from JAX's cache serializes without its code, and fails when it runs. It serves only CPUs: loading a serialized executable
+on a GPU has not been verified. Like JAX's cache, it holds native code: whoever can write to the folder can run code.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from jaxfp8.source_digest import source_digest
 
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
-  """The program stored under `key`, or None if there is none that this jax can load."""
+  """The program stored under `key`, or None if there is no such program or this jax cannot load it."""
   path = _path(key, mesh)
   if path is None:
     return None
-  # A damaged or foreign file is as good as none: the program is compiled again and written over it.
+  # A damaged or foreign file counts as no file: the program is compiled again and overwrites the file.
   with contextlib.suppress(Exception):
     payload, inputs, outputs = pickle.loads(path.read_bytes())
     return serialize_executable.deserialize_and_load(payload, inputs, outputs, execution_devices=list(mesh.devices.flat))
@@ -36,7 +36,7 @@ def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
 
 
 def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
-  """Keeps a program; a folder that cannot be written costs time at the next start and nothing else."""
+  """Stores a program under `key`. If the folder cannot be written, the next start compiles again."""
   path = _path(key, mesh)
   if path is None:
     return
@@ -46,6 +46,7 @@ def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
 
 
 def _path(key: str, mesh: Mesh) -> pathlib.Path | None:
+  """The file of `key`; None without a folder, with JAX's own cache on, off CPUs, or with several processes."""
   folder = jax.config.jax_compilation_cache_dir
   if (
     not folder
@@ -61,7 +62,7 @@ def _path(key: str, mesh: Mesh) -> pathlib.Path | None:
 
 @functools.cache
 def _environment() -> str:
-  """A digest of everything but the key that a program depends on: versions, flags, the CPU's instruction set, our source."""
+  """A digest of a program's dependencies besides the key: versions, flags, the CPU and its number of cores, our source."""
   digest = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__} {os.environ.get('XLA_FLAGS', '')}".encode())
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""One request's output as it grows: stop rules, text in whole characters, log-probabilities. No jax."""
+"""The output of one request, token by token: stop rules, text in whole characters, log-probabilities. Calls no jax."""
 
 import dataclasses
 import time
@@ -9,7 +9,10 @@ from jaxfp8.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-  """Natural-log probabilities under the model's own distribution, before temperature and cuts; `top` is best first."""
+  """Natural-log probabilities of one token under the model's own distribution, before penalties, temperature and cuts.
+
+  top: (token id, log-probability) of the most probable tokens, best first.
+  """
 
   token_id: int
   logprob: float
@@ -20,8 +23,9 @@ class TokenLogprobs:
 class Completion:
   """A finished request.
 
-  token_ids: what was chosen, the token that ended it included. text: without stop tokens and stop strings ("" with no
-  tokenizer). finish_reason: "stop" or "length". ttft_s: seconds from submission to the first token.
+  token_ids: all chosen tokens, including the token that ended the text. text: the text without stop tokens and stop strings
+  ("" with no tokenizer). finish_reason: "stop" or "length". logprobs: one entry per token; None if the request wants none.
+  ttft_s: seconds from submission to the first token.
   """
 
   request_id: int
@@ -35,7 +39,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-  """One chosen token and the text that became certain with it; `completion` comes with the last."""
+  """One chosen token and the text that became certain with it. The last delta of a request holds the `completion`."""
 
   request_id: int
   token_id: int
@@ -43,8 +47,8 @@ class Delta:
   completion: Completion | None = None
 
 
-class Output:
-  """Collects one request's tokens."""
+class OutputCollector:
+  """Collects one request's tokens, text and log-probabilities, and decides when the request ends."""
 
   def __init__(
     self, request_id: int, num_prompt: int, params: SamplingParams, eos_ids: tuple[int, ...], tokenizer: Tokenizer | None
@@ -59,7 +63,7 @@ class Output:
     self._start, self._ttft = time.perf_counter(), 0.0
 
   def push(self, token: int, sampled: Sampled, row: int, last: bool) -> Delta:
-    """Takes the token in `row` of a step's result; `last` when no further one may be chosen."""
+    """Adds `token`, found in `row` of a step's result. last: whether the request has reached its maximum of tokens."""
     if not self._tokens:
       self._ttft = time.perf_counter() - self._start
     self._tokens.append(token)
@@ -81,18 +85,18 @@ class Output:
 
 
 class StopStrings:
-  """Passes text through up to the first stop string, holding back what may be the beginning of one."""
+  """Passes text through up to the first stop string. Holds back a suffix that may be the beginning of a stop string."""
 
   def __init__(self, stops: tuple[str, ...]):
     self.stops, self.found, self._held = stops, False, ""
 
   def push(self, text: str) -> str:
-    """What has become certain."""
+    """Adds text and returns the text that has become certain. After a stop string, returns ""."""
     if self.found:
       return ""
     self._held += text
     ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
-    if ends:  # the one that is complete first, so that it does not matter how the text came in pieces
+    if ends:  # the stop string that ends first: then the result does not depend on how the text was cut into pieces
       self.found, certain, self._held = True, self._held[: min(ends)[1]], ""
       return certain
     keep = max((self._overlap(stop) for stop in self.stops), default=0)
@@ -100,10 +104,11 @@ class StopStrings:
     return certain
 
   def finish(self) -> str:
+    """The text that was held back."""
     held, self._held = self._held, ""
     return held
 
   def _overlap(self, stop: str) -> int:
-    """Length of the longest end of the held text that begins `stop`."""
+    """Length of the longest suffix of the held text that is a proper prefix of `stop`."""
     longest = min(len(stop) - 1, len(self._held))
     return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)

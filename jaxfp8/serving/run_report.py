@@ -1,4 +1,4 @@
-"""What a run did and how near it came to what its hardware allows: the closing lines of `generate`, and their JSON."""
+"""The closing lines of `generate`, and their JSON: a run's speed, and the fraction of its hardware's limits."""
 
 import dataclasses
 import math
@@ -19,21 +19,25 @@ from jaxfp8.units import format_bytes, format_rate, format_seconds
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Numbers of one run. Rates are tokens a second over all sequences; bandwidth_fraction is of the device's (or CPU's) own."""
+  """Measurements of one run. Rates are in tokens per second, over all sequences.
+
+  decode_step_bytes: bytes that the median decode step moves. bandwidth_fraction: the fraction of the device's (or CPU's) memory
+    bandwidth that decode steps reached; None if unknown.
+  """
 
   device: str
   recipe: Recipe
   weight_bytes: int
   kv_pool_bytes: int
   start_seconds: float  # from the command's start to the first step: imports, loading, compiling
-  ttft_seconds: float  # median over the requests, from submission
+  ttft_seconds: float  # from submission to the first token, the median over the requests
   prefill_tokens: int
   prefill_tok_s: float
   decode_tokens: int
   decode_tok_s: float
   decode_step_bytes: int
   bandwidth_fraction: float | None
-  bound: str  # one sentence
+  bound: str  # one sentence on the limit of a decode step; "" if unknown
 
   def to_json(self) -> dict:
     return dataclasses.asdict(self)
@@ -54,11 +58,11 @@ class Report:
 def make_report(
   engine: Engine, recipe: Recipe, completions: Sequence[Completion], *, start_seconds: float, cache_dir: str
 ) -> Report:
-  """Sums up what `engine` has done so far. Measures this CPU's memory bandwidth on the first run and keeps it in cache_dir."""
+  """Reports the work of `engine` so far. The first run on a CPU measures its memory bandwidth and stores it in cache_dir."""
   stats, mesh = engine.stats, engine.mesh_shape
   device = find_device(jax.devices()[0], cache_dir)
   weights = weight_bytes(engine.config, recipe, mesh).stored * mesh.tensor
-  # CPU devices share one memory, so their parts of a step add up to the whole of it.
+  # CPU devices share one memory, so the bytes of all devices count against one bandwidth.
   on_cpu = jax.devices()[0].platform == "cpu"
   cost = _median_decode_cost(engine, recipe, ONE_DEVICE if on_cpu else mesh)
   seconds = stats.decode_seconds / len(stats.decode_lengths) if stats.decode_lengths else 0.0
@@ -84,7 +88,10 @@ def make_report(
 
 
 def find_device(device: Any, cache_dir: str = "") -> DeviceSpec | None:
-  """What is known of a JAX device: this CPU measured, or the entry of configs/devices whose name its kind contains."""
+  """The spec of a JAX device: measured for a CPU, from configs/devices for a GPU. None if the device is unknown.
+
+  The device's kind must contain the name of the entry in configs/devices; the longest such name wins.
+  """
   if device.platform == "cpu":
     return measure_cpu(cache_dir)
   kind = re.sub(r"[^a-z0-9]", "", device.device_kind.lower())
@@ -93,7 +100,7 @@ def find_device(device: Any, cache_dir: str = "") -> DeviceSpec | None:
 
 
 def _median_decode_cost(engine: Engine, recipe: Recipe, mesh: MeshShape) -> StepCost | None:
-  """The cost of the run's median decode step, by the tokens that it read."""
+  """The cost of the median decode step, by number of sequences and then by context tokens. None without decode steps."""
   lengths = sorted(engine.stats.decode_lengths, key=lambda step: (len(step), sum(step)))
   return decode_step(engine.config, recipe, lengths[len(lengths) // 2], mesh) if lengths else None
 

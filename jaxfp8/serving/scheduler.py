@@ -1,4 +1,4 @@
-"""Which sequences run next: admission, pages and preemption, in Python ints. Imports no jax.
+"""Decides which sequences run next: admission, pages and preemption, in Python ints. Imports no jax.
 
 The scheduler runs one step ahead of the tokens that the host has read. It plans step n + 1 while step n computes, since a
 sequence's length does not depend on the token that step n chooses. So a sequence may have an unread token: the device has
@@ -28,18 +28,19 @@ class Sequence:
   num_prompt: int
   max_tokens: int  # prompt and new tokens together
   num_computed: int = 0  # tokens whose keys and values are in the pool, or will be by the steps planned so far
-  num_unread_tokens: int = 0  # chosen tokens that have not been read: 1 while a step is under way, 2 for a moment
+  num_unread_tokens: int = 0  # chosen tokens that the host has not read: 1 while a step is in flight, 2 from `schedule` to `commit`
   on_device: bool = False  # whether the device still holds the last chosen token
   shard: int = 0
   slot: int = 0
 
   @property
   def length(self) -> int:
-    """Tokens of the sequence, the unread one included."""
+    """The number of tokens of the sequence, including unread tokens."""
     return len(self.tokens) + self.num_unread_tokens
 
   @property
   def is_decoding(self) -> bool:
+    """Whether only the last token is left to compute, and the device holds that token."""
     return self.on_device and self.num_computed == self.length - 1
 
 
@@ -48,7 +49,7 @@ class Chunk:
   """The part of a sequence that one step computes: tokens start .. stop - 1.
 
   emits: the chunk ends with the sequence's last token, so the step chooses the next one.
-  from_device: the token is still only on the device. pages: all pages of the sequence.
+  from_device: the chunk is one token, which the step takes from the device. pages: all pages of the sequence.
   """
 
   sequence: Sequence
@@ -80,8 +81,8 @@ class Scheduler:
 
   Args:
     num_pages, page_size: each shard's pool.
-    max_sequences: running sequences a shard.
-    max_tokens: tokens a shard may compute in one prefill step; longer prompts are cut into chunks.
+    max_sequences: running sequences per shard.
+    max_tokens: tokens that a shard may compute in one prefill step; longer prompts are cut into chunks.
   """
 
   def __init__(self, *, num_pages: int, page_size: int, max_sequences: int, max_tokens: int, num_shards: int = 1):
@@ -131,14 +132,14 @@ class Scheduler:
     return self._planned(chunks)
 
   def commit(self, plan: StepPlan, tokens: dict[Sequence, int]) -> None:
-    """Appends the tokens that a planned step chose. Skips sequences that have ended since."""
+    """Appends the tokens that a planned step chose. Skips sequences that have ended in the meantime."""
     for chunk in plan.chunks():
       if chunk.emits and chunk.sequence in self.running:
         chunk.sequence.tokens.append(tokens[chunk.sequence])
         chunk.sequence.num_unread_tokens -= 1
 
   def finish(self, sequence: Sequence) -> None:
-    """Ends a sequence and frees its pages; a step already started may still write to them, before anyone else's does."""
+    """Ends a sequence and frees its pages. A step in flight may still write to them, before any step of their next owner."""
     if sequence in self.running:
       self.running.remove(sequence)
       self.pools[sequence.shard].free(sequence)
@@ -146,11 +147,12 @@ class Scheduler:
       self.waiting.remove(sequence)
 
   def check_integrity(self) -> None:
+    """Raises RuntimeError unless every page of every pool is free or owned exactly once."""
     for pool in self.pools:
       pool.check_integrity()
 
   def _planned(self, chunks: list[list[Chunk]]) -> StepPlan | None:
-    """A step whose prompts all wait for pages is a decode step."""
+    """The plan of these chunks, or None without chunks. If all prompts wait for pages, the plan is a decode step."""
     if not any(chunks):
       return None
     kind = StepKind.DECODE if all(chunk.from_device for shard in chunks for chunk in shard) else StepKind.PREFILL
@@ -166,7 +168,7 @@ class Scheduler:
     return chunk
 
   def _admit(self) -> None:
-    """Moves waiting sequences to the emptiest shard with a free slot and room for their first chunk."""
+    """Admits waiting sequences in order, each to the emptiest shard, while it has a slot and pages for the first chunk."""
     while self.waiting:
       sequence = self.waiting[0]
       shard = min(range(len(self.pools)), key=lambda i: (self._num_running(i), -self.pools[i].num_free))
@@ -186,7 +188,7 @@ class Scheduler:
     return [s for s in self.running if s.shard == shard][-1]
 
   def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-    """Gives the sequence its pages, and preempts younger sequences of its shard for them. False if that has to wait."""
+    """Allocates pages for num_tokens tokens, preempting younger sequences of the shard. False if the sequence must wait."""
     pool = self.pools[sequence.shard]
     while not pool.can_grow(sequence, num_tokens):
       youngest = self._youngest(sequence.shard)

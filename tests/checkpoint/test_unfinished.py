@@ -11,7 +11,7 @@ import pytest
 from jaxfp8.checkpoint import export, unfinished, weights_cache
 from jaxfp8.checkpoint.convert import convert_checkpoint
 from jaxfp8.checkpoint.writer import CheckpointWriter
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.recipe import Recipe
 from tests.helpers import commands, tiny_models
 
@@ -85,7 +85,7 @@ import os, sys, time
 from absl import flags
 from jaxfp8.checkpoint import unfinished, writer
 from jaxfp8.checkpoint.convert import convert_checkpoint
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 
 asked, abandon, leave = [], unfinished.abandon_unfinished, os._exit
 
@@ -107,13 +107,13 @@ elif sys.argv[3] == "enter":
 else:
   writer.CheckpointWriter.write = stop_here(writer.CheckpointWriter.write)
 main = lambda: convert_checkpoint(*sys.argv[1:3]) and None
-cli.run(cli.Command("stopped", main, flags.FlagValues()), [])
+command.run(command.Command("stopped", main, flags.FlagValues()), [])
 """
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("point", ["enter", "journal", "write"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, command.INTERRUPTED), (signal.SIGTERM, command.TERMINATED)])
 def test_a_command(source, tmp_path, point, number, code):
   process = commands.start(source, tmp_path / "out" / "a", point, script=STOPPED)
   assert process.stdout.readline() == "here\n"

@@ -10,7 +10,7 @@ import pytest
 from jaxfp8.checkpoint import convert, load, readers, weights_cache
 from jaxfp8.checkpoint import quantized_source as source_arrays
 from jaxfp8.checkpoint.manifest import WRITING
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Recipe
 from tests.helpers import commands, tiny_models
@@ -45,7 +45,7 @@ SLOW_CONVERSION = """
 import sys, time
 from absl import flags
 from jaxfp8.checkpoint import convert
-from jaxfp8.commands import command as cli
+from jaxfp8.commands import command
 from jaxfp8.checkpoint.quantized_source import QuantizedSource
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint
 from jaxfp8.recipe import Recipe
@@ -53,7 +53,7 @@ from jaxfp8.recipe import Recipe
 read, convert._WRITE_BYTES = QuantizedSource.read, 0
 QuantizedSource.read = lambda *args: time.sleep(0.5) or read(*args)
 main = lambda: print(cached_checkpoint(sys.argv[1], Recipe(), sys.argv[2]).path)
-cli.run(cli.Command("slow", main, flags.FlagValues()), [])
+command.run(command.Command("slow", main, flags.FlagValues()), [])
 """
 
 
@@ -226,7 +226,7 @@ def test_two_processes_convert_once(chain, cache):
   assert load.load(folder).config.name == "chain"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, cli.INTERRUPTED), (signal.SIGTERM, cli.TERMINATED)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, command.INTERRUPTED), (signal.SIGTERM, command.TERMINATED)])
 def test_stopping_a_conversion_leaves_nothing(chain, cache, number, code):
   process = commands.start(chain, cache, script=SLOW_CONVERSION)
   commands.wait_until(lambda: any(WRITING in path.name for path in _folders(cache)))
@@ -246,5 +246,5 @@ def test_stopping_an_answer(tmp_path, cache):
   asked = time.monotonic()
   ran = commands.end(process)
   assert time.monotonic() - asked < 10
-  assert ran.code == cli.INTERRUPTED
+  assert ran.code == command.INTERRUPTED
   assert ran.err.splitlines()[-1] == "Stopped." and "Traceback" not in ran.err

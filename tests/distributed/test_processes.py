@@ -21,8 +21,7 @@ from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.save import save
 from jaxfp8.commands import command
 from jaxfp8.commands import generate as generate_command
-from jaxfp8.distributed import environment as cluster
-from jaxfp8.distributed import processes as hosts
+from jaxfp8.distributed import environment, processes
 from jaxfp8.errors import InputError
 from jaxfp8.model.sampling import SamplingParams
 from jaxfp8.recipe import Recipe
@@ -217,24 +216,24 @@ class TestPlace:
   )
   def test_impossible_places(self, fields, message):
     with pytest.raises(InputError, match=f"^hosts: .*{message}"):
-      cluster.ProcessPlace(*fields)
+      environment.ProcessPlace(*fields)
 
   def test_what_slurm_and_kubernetes_say(self, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "KUBERNETES_", "JOB_COMPLETION"))]:
       monkeypatch.delenv(name)
-    assert not cluster.ProcessPlace().is_one_of_many
-    assert cluster.ProcessPlace("h:1", 2, 0).is_one_of_many and cluster.ProcessPlace("auto").is_one_of_many
+    assert not environment.ProcessPlace().is_one_of_many
+    assert environment.ProcessPlace("h:1", 2, 0).is_one_of_many and environment.ProcessPlace("auto").is_one_of_many
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert not cluster.ProcessPlace().is_one_of_many, "any pod has that"
+    assert not environment.ProcessPlace().is_one_of_many, "any pod has that"
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    assert cluster.ProcessPlace().is_one_of_many
+    assert environment.ProcessPlace().is_one_of_many
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"):
       monkeypatch.setenv(f"SLURM_{name}", "8")
-    assert cluster.ProcessPlace().is_one_of_many
-    assert not cluster.ProcessPlace(num_processes=1).is_one_of_many
+    assert environment.ProcessPlace().is_one_of_many
+    assert not environment.ProcessPlace(num_processes=1).is_one_of_many
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell on a node of a larger job
-    assert not cluster.ProcessPlace().is_one_of_many
+    assert not environment.ProcessPlace().is_one_of_many
 
 
 def test_the_page_names_flags_that_exist():
@@ -250,19 +249,19 @@ def test_the_page_names_flags_that_exist():
 
 class TestOneProcess:
   def test_everything_is_the_identity(self):
-    assert (hosts.count(), hosts.index(), hosts.is_first()) == (1, 0, True)
-    assert hosts.gather(5) == [5] and hosts.broadcast([1]) == [1] and hosts.least(7) == 7
-    hosts.require_same({"a": 1})
-    hosts.leave(0)  # nothing to leave
-    with pytest.raises(InputError, match="mine"), hosts.together():
+    assert (processes.count(), processes.index(), processes.is_first()) == (1, 0, True)
+    assert processes.gather(5) == [5] and processes.broadcast([1]) == [1] and processes.least(7) == 7
+    processes.require_same({"a": 1})
+    processes.leave(0)  # nothing to leave
+    with pytest.raises(InputError, match="mine"), processes.together():
       raise InputError("mine")
 
   def test_versions_are_compared(self, monkeypatch):
     """Two processes with another jaxfp8 or jax, as the first one sees them."""
-    mine = hosts.software()
-    monkeypatch.setattr(hosts, "gather", lambda facts: [facts, {"version": "jaxfp8 0.0.1 (123) with jax 0.1"}])
+    mine = processes.software()
+    monkeypatch.setattr(processes, "gather", lambda facts: [facts, {"version": "jaxfp8 0.0.1 (123) with jax 0.1"}])
     with pytest.raises(InputError, match=r"the same version; process 0 has 'jaxfp8 .* with jax .*process 1 has 'jaxfp8 0.0.1"):
-      hosts.require_same(mine)
+      processes.require_same(mine)
 
   def test_fingerprints(self, tmp_path):
     """The same numbers elsewhere are the same; one changed weight at the end of a file is not."""

@@ -12,8 +12,8 @@ from jaxfp8.checkpoint import load, readers
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import ONE_DEVICE, MeshShape, possible_tensors
-from jaxfp8.model import kv_cache as cache
-from jaxfp8.model import llama as model
+from jaxfp8.model import kv_cache
+from jaxfp8.model.llama import Llama
 from jaxfp8.planning.devices import DeviceSpec, load_device
 from jaxfp8.planning.published import expected_fractions, published_measurements
 from jaxfp8.planning.roofline import StepTimes, bound, decode_step, explain, kv_bytes_per_token, prefill_step, weight_bytes
@@ -96,7 +96,7 @@ def test_bytes_are_those_of_the_abstract_model(name, granularity, tensor):
   recipe = Recipe(granularity=granularity) if granularity not in ("bf16", "f32") else Recipe(weights=granularity)
   mesh = MeshShape.for_model(config, tensor)
   try:
-    llama = model.Llama(config, recipe, shape=mesh)
+    llama = Llama(config, recipe, shape=mesh)
   except InputError:
     with pytest.raises(InputError, match="block128"):
       weight_bytes(config, recipe, mesh)
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_the_real_model_and_its_pool():
   for recipe in (Recipe(kv="fp8"), Recipe(granularity="block128", kv="bf16")):
     llama = load.load_source(source, recipe)
     assert weight_bytes(source.config, recipe).stored == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(llama)))
-    pool = cache.KVCache.init(source.config, num_pages=2, dtype=recipe.kv)
+    pool = kv_cache.KVCache.init(source.config, num_pages=2, dtype=recipe.kv)
     assert 2 * pool.page_size * kv_bytes_per_token(source.config, recipe) == sum(leaf.nbytes for leaf in jax.tree.leaves(pool))
 
 
@@ -120,7 +120,7 @@ def test_bytes_are_those_of_the_real_model_and_its_pool():
 def test_kv_bytes_are_those_of_the_pool(kv, tensor):
   config = LlamaConfig.from_name("llama-3.1-8b")
   mesh = MeshShape.for_model(config, tensor)
-  pool = cache.KVCache.abstract(config, num_pages=3, dtype=kv)
+  pool = kv_cache.KVCache.abstract(config, num_pages=3, dtype=kv)
   sizes = {"data": 1, "kv": mesh.kv, "group": mesh.group}
   specs = jax.tree.leaves(pool.specs(), is_leaf=lambda node: isinstance(node, PartitionSpec))
   local = _local_bytes(jax.tree.leaves(pool), specs, sizes)

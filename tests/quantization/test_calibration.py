@@ -14,8 +14,7 @@ from jaxfp8.commands import calibrate as tool
 from jaxfp8.commands import command
 from jaxfp8.errors import InputError
 from jaxfp8.model import fp8
-from jaxfp8.quantization import calibration, quality, quality_gate, rounding
-from jaxfp8.quantization import observers as magnitudes
+from jaxfp8.quantization import calibration, observers, quality, quality_gate, rounding
 from jaxfp8.recipe import Recipe
 from jaxfp8.sharding import make_mesh
 from tests.helpers import numpy_llama, tiny_models
@@ -105,13 +104,13 @@ class TestScales:
 
   def test_each_choice_against_numpy(self):
     values = np.random.default_rng(0).standard_t(3, (2, 200000)).astype(np.float32)
-    sizes = magnitudes.HistogramObserver(2)
+    sizes = observers.HistogramObserver(2)
     for part in np.split(values, 4, axis=1):
       sizes.add(part)
     found = sizes.scales()
     for row, own in enumerate(np.abs(values)):
       assert found["max"][row] == np.float32(own.max() / 448)
-      percentile = np.percentile(own, magnitudes.PERCENTILE, method="inverted_cdf")
+      percentile = np.percentile(own, observers.PERCENTILE, method="inverted_cdf")
       np.testing.assert_allclose(found["percentile"][row] * 448, percentile, rtol=0.02)
 
       def error(scale, own=own):
@@ -120,7 +119,7 @@ class TestScales:
 
       best = min(error(own.max() / 448 * 2 ** (-step / 8)) for step in range(49))
       assert error(found["mse"][row]) <= 1.01 * best
-    assert (magnitudes.HistogramObserver(1).scales()["mse"] == 1).all(), "nothing but zeros has scale 1"
+    assert (observers.HistogramObserver(1).scales()["mse"] == 1).all(), "nothing but zeros has scale 1"
 
   def test_static_logits_against_numpy(self, config, folder, calibrated):
     """As near to float32 as a numpy fake quantization with the same scales, and not as near with other scales."""

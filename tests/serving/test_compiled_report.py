@@ -15,7 +15,7 @@ from jaxfp8.commands import plan
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
-from jaxfp8.planning import compile_request as compiled_budget
+from jaxfp8.planning import compile_request as compile_requests
 from jaxfp8.planning.compile_request import CompileRequest
 from jaxfp8.planning.devices import have_compiler
 from jaxfp8.planning.roofline import decode_step, prefill_step, weight_bytes
@@ -58,7 +58,7 @@ def need_compiler() -> None:
 @functools.cache
 def records(name: str) -> dict:
   need_compiler()
-  return compiled_budget.compiled_reports(compile_request(name), timeout_s=280)
+  return compile_requests.compiled_reports(compile_request(name), timeout_s=280)
 
 
 def planned(name: str, kind: str):
@@ -190,21 +190,21 @@ class TestQuestions:
     assert asked.mesh == MeshShape(data=2)
 
   def test_an_abort_and_a_slow_compiler(self, monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled_budget, "have_compiler", lambda: True)
+    monkeypatch.setattr(compile_requests, "have_compiler", lambda: True)
     asked = CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64)
     with pytest.raises(InputError, match="took more than 0 s"):
-      compiled_budget.compiled_reports(asked, timeout_s=0.05)
+      compile_requests.compiled_reports(asked, timeout_s=0.05)
     (tmp_path / "python").write_text("#!/bin/sh\necho LLVM ERROR: cannot select >&2\nkill -6 $$\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(InputError, match="ended without a result: LLVM ERROR"):
-      compiled_budget.compiled_reports(asked, save=str(tmp_path / "kept"))
+      compile_requests.compiled_reports(asked, save=str(tmp_path / "kept"))
     assert not (tmp_path / "kept").exists()
 
   def test_no_compiler(self, monkeypatch):
-    monkeypatch.setattr(compiled_budget, "have_compiler", lambda: False)
+    monkeypatch.setattr(compile_requests, "have_compiler", lambda: False)
     with pytest.raises(InputError, match="Install the extra"):
-      compiled_budget.compiled_reports(CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64))
+      compile_requests.compiled_reports(CompileRequest.of("llama-3.1-8b", "h100", batch=8, context=64))
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -261,7 +261,7 @@ def test_the_plan_takes_temporaries_from_the_program():
 
 
 def test_the_plan_says_where_nothing_can_compile(monkeypatch, capsys):
-  monkeypatch.setattr(compiled_budget, "have_compiler", lambda: False)
+  monkeypatch.setattr(compile_requests, "have_compiler", lambda: False)
   plan.COMMAND.parse(["--model=llama-3.1-8b", "--device=h100", "--compile"])
   with pytest.raises(InputError, match="Install the extra"):
     plan.main()

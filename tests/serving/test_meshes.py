@@ -10,7 +10,7 @@ import pytest
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
-from jaxfp8.model import llama as model
+from jaxfp8.model import llama
 from jaxfp8.model.llama import Llama
 from jaxfp8.recipe import Recipe
 from jaxfp8.sharding import make_mesh
@@ -77,7 +77,7 @@ class TestNumbers:
     tokens, mesh = tiny_models.make_tokens(CONFIG, 50), make_mesh(CONFIG, tensor)
     weights, found = tiny_llamas.load(CONFIG, recipe, mesh=mesh), []
     for least in (512, 8):
-      monkeypatch.setattr(model, "_CUT_ROWS_FROM", least)
+      monkeypatch.setattr(llama, "_CUT_ROWS_FROM", least)
       driver = Driver(weights, mesh, prefill_sizes=(56,), decode_sizes=(4,))
       text = driver.steps.lower("prefill", 56).as_text()
       assert ("reduce_scatter" in text) == (least == 8)
