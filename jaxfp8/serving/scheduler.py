@@ -28,7 +28,7 @@ class Sequence:
   num_prompt: int
   max_tokens: int  # prompt and new tokens together
   num_computed: int = 0  # tokens whose keys and values are in the pool, or will be by the steps planned so far
-  num_unread_tokens: int = 0  # chosen tokens that the host has not read: 1 while a step is in flight, 2 from `schedule` to `commit`
+  num_unread_tokens: int = 0  # tokens that the host has not read: 1 while a step is in flight, 2 from `schedule` to `commit`
   on_device: bool = False  # whether the device still holds the last chosen token
   shard: int = 0
   slot: int = 0
