@@ -1,4 +1,4 @@
-"""A process and its place among others, before JAX starts: by flags, or by SLURM and Kubernetes. Imports no jax."""
+"""The place of this process among several, before JAX starts: from flags, or from SLURM or Kubernetes. Imports no jax."""
 
 import dataclasses
 import os
@@ -6,16 +6,19 @@ import os
 from jaxfp8.errors import InputError
 
 AUTO = "auto"
-# What JAX's own detection needs (jax/_src/clusters): a task of a SLURM step, a pod of an indexed Kubernetes job.
+# Variables that JAX's own detection needs (jax/_src/clusters), in a task of a SLURM step or a pod of an indexed Kubernetes job.
 _SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
 _KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessPlace:
-  """What a user says of this process; None leaves it to SLURM or Kubernetes, whose words JAX reads.
+  """The user's flags for this process. None leaves a field to SLURM or Kubernetes, whose variables JAX reads.
 
-  coordinator: HOST:PORT of process 0, or "auto". heartbeat_seconds: how long a process may be silent before all end.
+  coordinator: HOST:PORT of process 0, or "auto". num_processes: at least 1. process_id: 0 .. num_processes - 1.
+  heartbeat_seconds: at least 1. If a process is silent for longer, all processes end.
+
+  Raises InputError for values out of range, and for fields that do not belong together.
   """
 
   coordinator: str | None = None
@@ -42,7 +45,7 @@ class ProcessPlace:
 
   @property
   def is_one_of_many(self) -> bool:
-    """Whether there are other processes: flags say so, or this is a task of a SLURM step or of an indexed Kubernetes job."""
+    """Whether there are other processes, by the flags or as a task of a SLURM step or a pod of an indexed Kubernetes job."""
     if self.coordinator or self.num_processes:
       return bool(self.coordinator)
     if os.environ.keys() >= _SLURM:

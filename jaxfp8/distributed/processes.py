@@ -1,15 +1,15 @@
-"""Several processes that run one program, over JAX's multi-controller runtime: how they meet, agree, share news and end.
+"""Several processes that run one program over JAX's multi-controller runtime: how they meet, agree, exchange values and end.
 
-    join(..)                          every process, before JAX looks for devices
-    with together():                  what fails in one process ends all of them
-      require_same("flag", {..})      one sentence where processes differ
+    join(..)                          in every process, before JAX looks for devices
+    with together():                  an exception in one process ends all processes
+      require_same({"flag": ..})      the same error in every process if their values differ
       requests = broadcast(requests)  from process 0 to all
-      least(free_bytes)               the same number in every process
+      least(free_bytes)               the smallest value of all processes, in every process
 
-Words travel through the key-value store of JAX's coordinator (process 0), not through devices: waiting there costs nothing and
-has no time limit, so that a chat may be silent for hours. Every process must make the same calls in the same order. With a
-single process everything here is the identity. A process that is killed is noticed by JAX's heartbeat, which aborts the
-others from C++: nothing may rely on `finally`. Uses jax._src.distributed, as Orbax does: the store has no public name.
+Values travel through the key-value store of JAX's coordinator (process 0), not through devices. Waiting there costs nothing and
+has no time limit, so a chat may be silent for hours. Every process must make the same calls in the same order. With a single
+process, nothing is sent. JAX's heartbeat notices a killed process and aborts the others from C++: never rely on `finally`.
+Uses jax._src.distributed, as Orbax does, because the store has no public name.
 """
 
 import contextlib
@@ -32,25 +32,25 @@ from jaxfp8.errors import InputError
 from jaxfp8.source_digest import source_digest
 
 START_SECONDS = 300  # how long processes wait for each other at the start
-_WAIT_MS = 10_000  # of one question to the store; they are repeated
-_GOODBYE_SECONDS = 3.0  # process 0 stays so long for the others to hear why all end
+_WAIT_MS = 10_000  # time limit of one request to the store; `_get` repeats the request
+_GOODBYE_SECONDS = 3.0  # process 0 stays so long, so that the others can read why all end
 _FAILURE = "jaxfp8/failure"
-_calls = itertools.count()  # keys of the store are written once, so every call has a number of its own
+_calls = itertools.count()  # a key of the store is written only once, so every call has its own number
 _leaving = threading.Event()
 
 
 class _FoundByAll(InputError):
-  """Raised in every process, so that nobody needs to be told."""
+  """An error that every process finds and raises by itself, so no process announces it."""
 
 
 def join(place: ProcessPlace) -> None:
-  """Meets the other processes. Call before JAX looks for devices; afterwards jax.devices() are those of all processes.
+  """Connects to the other processes. Call before JAX looks for devices; then jax.devices() has the devices of all processes.
 
-  Standard output is kept for what Python prints: Gloo and NCCL write to it too, and their words then go to stderr.
-  Raises InputError where the others are not found or the cluster does not say who this process is.
+  Only Python's prints still go to stdout: the output of Gloo and NCCL moves to stderr. Raises InputError if the others are not
+  found, or if the cluster does not identify this process.
   """
   _keep_stdout()
-  jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and not end the process
+  jax.config.update("jax_enable_preemption_service", False)  # the service would catch SIGTERM and not end the process
   explicit = place.coordinator != AUTO and place.coordinator is not None
   try:
     jax.distributed.initialize(
@@ -73,11 +73,12 @@ def join(place: ProcessPlace) -> None:
 
 
 def count() -> int:
-  """Processes of this run; looks for no devices."""
+  """The number of processes of this run. Does not make JAX look for devices."""
   return distributed.global_state.num_processes if _client() else 1
 
 
 def spans_processes(mesh: Mesh) -> bool:
+  """Whether the devices of the mesh belong to more than one process."""
   return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
@@ -87,12 +88,16 @@ def is_first() -> bool:
 
 
 def index() -> int:
+  """The index of this process, 0 .. count() - 1."""
   return distributed.global_state.process_id if _client() else 0
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """What ends one process by an exception ends all. JAX's own errors here mostly mean that another process has gone."""
+  """An exception in the block ends all processes: the others are told its message.
+
+  A JaxRuntimeError becomes an InputError, since it mostly means that another process has ended.
+  """
   try:
     yield
   except Exception as error:
@@ -112,18 +117,19 @@ def together() -> Iterator[None]:
 
 
 def announce(sentence: str) -> None:
-  """Tells the other processes that this one ends, and why. To be followed by `leave`."""
+  """Tells the other processes that this process ends, and why. The caller must call `leave` next."""
   if _client() is None or _leaving.is_set():
     return
   _leaving.set()
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or nobody is there any more
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or the coordinator is gone
     _client().key_value_set(_FAILURE, json.dumps([index(), sentence]))
 
 
 def leave(code: int) -> None:
-  """Ends this process at once, if it is one of many; process 0 last, since the others hear through it. Else returns.
+  """Ends this process at once with this exit status, if it is one of many; otherwise returns.
 
-  Without this, JAX's own end would wait for processes that have failed.
+  Process 0 ends last, since the others read the reason from its store. Without `leave`, JAX's own shutdown would wait for
+  processes that have failed.
   """
   if _client() is None:
     return
@@ -149,7 +155,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any = None) -> Any:
-  """Process 0's value (plain JSON) in every process. Waits without a limit."""
+  """Process 0's value (plain JSON) in every process. Waits without a time limit."""
   if count() == 1:
     return value
   key = f"jaxfp8/{next(_calls)}"
@@ -160,12 +166,12 @@ def broadcast(value: Any = None) -> Any:
 
 
 def least(value: int) -> int:
-  """The smallest of every process's value."""
+  """The smallest of all processes' values, in every process."""
   return min(gather(value))
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-  """Raises the same InputError in every process where one of these (plain JSON) is not the same in all of them."""
+  """Raises the same InputError in every process if one of the facts (plain JSON, by name) differs between processes."""
   for process, others in enumerate(gather(dict(facts))):
     if process == 0:
       first = others
@@ -179,17 +185,18 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 
 def software() -> dict[str, str]:
-  """The software of this process, for `require_same`: versions, and a digest of our own source."""
+  """The software of this process, for `require_same`: versions, and a digest of this package's source."""
   version = importlib.metadata.version("jaxfp8")
   return {"version": f"jaxfp8 {version} ({source_digest()[:8]}) with jax {jax.__version__}"}
 
 
 def _client() -> Any:
-  """The client of JAX's key-value store; None before `start` and in a run of one process."""
+  """The client of JAX's key-value store; None before `join` and in a run of one process."""
   return distributed.global_state.client
 
 
 def _get(key: str) -> str:
+  """The value of a key of the store. Waits without a time limit until a process has set the key."""
   while True:
     try:
       return _client().blocking_key_value_get(key, _WAIT_MS)
@@ -199,7 +206,7 @@ def _get(key: str) -> str:
 
 
 def _listen() -> None:
-  """Ends this process when another has announced that it ends."""
+  """Waits until another process announces its end, then ends this process."""
   try:
     process, sentence = json.loads(_get(_FAILURE))
   except (jax.errors.JaxRuntimeError, AttributeError):  # this process ends, or JAX is about to end it
@@ -212,6 +219,7 @@ def _listen() -> None:
 
 
 def _wait_for_the_others() -> None:
+  """Marks this process as leaving. Process 0 then waits, up to _GOODBYE_SECONDS, until all processes are marked."""
   client, until = _client(), time.monotonic() + _GOODBYE_SECONDS
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client.key_value_set(f"jaxfp8/left/{index()}", "", allow_overwrite=True)
@@ -220,6 +228,7 @@ def _wait_for_the_others() -> None:
 
 
 def _keep_stdout() -> None:
+  """Points file descriptor 1 to stderr, for libraries; sys.stdout keeps the original standard output."""
   kept = os.dup(1)
   sys.stdout.flush()
   os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""A model's chat template: messages in, text out, whatever the template does.
+"""A model's chat template: messages in, text out. A misbehaving template raises InputError and harms nothing else.
 
-The template runs in a child process (chat_template_child.py) that starts with the first chat and stays until this object goes:
-0.1 to 0.3 s once, then under a millisecond a chat. It refuses to know tokens.
+The template runs in a child process (chat_template_child.py), which starts with the first chat and lives as long as the
+`ChatTemplate`. The start takes 0.1 to 0.3 s, a chat then less than a millisecond. Refuses to know tokens.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _WAY_OUT = "Pass --raw, or a checkpoint with a working template."
 
 
 class ChatTemplate:
-  """Renders one Jinja template. Thread safe."""
+  """Renders one Jinja template. Thread safe. seconds: the time limit of one render."""
 
   def __init__(self, template: str, special_tokens: Mapping[str, str], seconds: float = 2.0):
     self._template = template
@@ -29,7 +29,10 @@ class ChatTemplate:
     self._child: subprocess.Popen | None = None
 
   def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-    """The prompt's text. Raises InputError when the template raises, is not Jinja, or takes longer than `seconds`."""
+    """The prompt's text.
+
+    Raises InputError if the template raises, is not Jinja or exceeds its time or memory, or if messages are not plain JSON.
+    """
     variables = {
       **self._special_tokens,
       "messages": [dict(message) for message in messages],
@@ -55,7 +58,7 @@ class ChatTemplate:
       stdin.write(request + "\n")
       stdin.flush()
     line = stdout.readline()
-    if not line.endswith("\n"):  # the clock or a memory fault ended it
+    if not line.endswith("\n"):  # the time limit or a memory fault has ended the child
       child.wait()
       self._child = None
       raise InputError(f"chat: the model's chat template did not end within {self._seconds:g} s and 1 GB. {_WAY_OUT}")

@@ -1,10 +1,10 @@
-"""Renders chat templates in a process of its own; `tokenizer.ChatTemplate` starts it. Imported by nobody.
+"""Renders chat templates in a child process, which `ChatTemplate` (chat_template.py) starts. No module imports this file.
 
-A template is a program that came with downloaded weights. The sandbox keeps it from Python's insides, and this process
-keeps its loops and its memory from ours: a render that takes longer than --seconds ends the process by SIGALRM.
+A template is a program that came with downloaded weights. The sandbox denies the template access to Python's internals. The
+process confines its loops and its memory: SIGALRM ends a render that takes longer than the first argument, in seconds.
 
-One JSON object per line: on start {"ready": true}; then {"template", "variables"} is answered by {"text"} or {"error"}.
-Environment and functions are those of transformers' `apply_chat_template` (utils/chat_template_utils.py).
+Protocol: one JSON object per line. The child begins with {"ready": true}. It answers {"template", "variables"} with {"text"}
+or {"error"}. Environment and functions are those of transformers' `apply_chat_template` (utils/chat_template_utils.py).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _MAX_TEXT = 32 << 20  # characters; a prompt of that length fits no model
 
 
 class _Generation(jinja2.ext.Extension):
-  """`{% generation %}` marks the assistant's words for training; here it is only what stands inside."""
+  """`{% generation %}` marks the assistant's words for training. Here the tag renders its body and does nothing else."""
 
   tags: ClassVar[set[str]] = {"generation"}
 
@@ -57,14 +57,14 @@ def _render(environment: jinja2.Environment, request: dict) -> dict:
     if len(text) > _MAX_TEXT:
       return {"error": f"it wrote {len(text)} characters"}
     return {"text": text}
-  except Exception as error:  # whatever a template does is the template's error
+  except Exception as error:  # any exception here is an error of the template
     return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def _main() -> None:
   seconds = float(sys.argv[1])
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends when its stdin does
-  with contextlib.suppress(ValueError, OSError):  # not every system has this limit; the clock remains
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends when its stdin closes
+  with contextlib.suppress(ValueError, OSError):  # some systems lack this limit; the time limit remains
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
   environment = _environment()
   print(json.dumps({"ready": True}), flush=True)

@@ -1,8 +1,8 @@
-"""Text to token ids and back, for one model: plain prompts, chats, and a stream that prints as it is decoded.
+"""Text to token ids and back, for one model: plain prompts, chats, and a stream that decodes token by token.
 
     TokenizerFiles -> Tokenizer.encode, chat -> ids -> Tokenizer.stream().push, decode -> text
 
-It refuses to know the model and the engine; stop strings are the engine's business.
+Refuses to know the model, the engine and stop strings, which the engine handles.
 """
 
 import os
@@ -16,12 +16,12 @@ from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 from jaxfp8.text.chat_template import ChatTemplate
 
-_HALF = "�"  # what bytes that are not (yet) UTF-8 decode to
-_MAX_HELD = 64  # tokens; a character takes at most four, so what is still undecodable after these never will be
+_HALF = "�"  # the text of bytes that are not (yet) UTF-8
+_MAX_HELD = 64  # tokens; a character takes at most four, so text that is undecodable after these stays undecodable
 
 
 class Tokenizer:
-  """Raises InputError when the files are not a tokenizer that the tokenizers library reads."""
+  """The tokenizer of one model. Raises InputError if the tokenizers library cannot read the files."""
 
   def __init__(self, files: TokenizerFiles):
     self._files = files
@@ -39,7 +39,7 @@ class Tokenizer:
   def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
     """The tokenizer of a checkpoint, Hugging Face folder or GGUF file; None is the default model.
 
-    Raises InputError where there is none.
+    Raises InputError if the checkpoint has no tokenizer.
     """
     files = open_checkpoint(path).find_tokenizer()
     if files is None:
@@ -48,7 +48,7 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """Number of ids with a text; a model's V may be larger."""
+    """The number of ids that have a text. A model's V may be larger."""
     return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
   @property
@@ -56,7 +56,10 @@ class Tokenizer:
     return self._template is not None
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a raw prompt, with one BOS in front where the model wants one. Special tokens written out are recognized."""
+    """The ids of a raw prompt, with one leading BOS if the model wants BOS. Recognizes special tokens written in the text.
+
+    Raises InputError for text with lone surrogates.
+    """
     ids = self._encode(text)
     if self._files.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
       ids.insert(0, self.bos_id)
@@ -65,23 +68,23 @@ class Tokenizer:
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
     """The ids of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
-    BOS is there if and only if the template writes it, as in transformers. Special tokens inside a message's text
-    are recognized too: who passes on text from strangers should look for them.
+    BOS is present if and only if the template writes BOS, as in transformers. Special tokens written in a message are
+    recognized too: callers that pass on text from strangers should check the text for them.
     """
     return self._encode(self.chat_text(messages, add_generation_prompt))
 
   def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-    """What `chat` encodes. Raises InputError for a model without a template and for a template that fails."""
+    """The text that `chat` encodes. Raises InputError if the model has no template or the template fails."""
     if self._template is None:
       raise InputError("tokenizer: this model carries no chat template. Pass --raw, or a model tuned for chats.")
     return self._template.render(messages, add_generation_prompt)
 
   def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
-    """Text; special tokens are left out unless `keep_special`, and ids beyond the vocabulary always are."""
+    """The text of ids. Omits special tokens unless `keep_special`, and always omits ids beyond the vocabulary."""
     return self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
 
   def token_text(self, token_id: int) -> str:
-    """One token by itself, special or not, for lists of log-probabilities. Half a character shows as U+FFFD."""
+    """The text of one token, special or not, for lists of log-probabilities. Part of a character shows as U+FFFD."""
     return self.decode([token_id], keep_special=True)
 
   def stream(self) -> "TextStream":
@@ -89,7 +92,7 @@ class Tokenizer:
 
   def _encode(self, text: str) -> list[int]:
     try:
-      text.encode("utf-8")  # the library's own complaint about a lone surrogate is a TypeError
+      text.encode("utf-8")  # for a lone surrogate the library itself raises TypeError
     except UnicodeEncodeError as error:
       raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
     return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -103,21 +106,21 @@ class Tokenizer:
 
 
 class TextStream:
-  """Token ids in, whole characters out: all that `push` and `finish` gave, joined, is `decode` of all ids.
+  """Token ids in, whole characters out: the joined results of `push` and `finish` equal `decode` of all ids.
 
-  (But for bytes that are no UTF-8 at all, which a decoder may show by more or fewer U+FFFD.)
-  A window of the last tokens is decoded each time: a token's text depends on its neighbours (a leading space is dropped
-  at the start of a text, one character may take four tokens). The window starts with a token that is already out.
+  (Bytes that are not UTF-8 at all are an exception: a decoder may show them as more or fewer U+FFFD.)
+  Each push decodes a window of the last tokens, because a token's text depends on its neighbours: the decoder drops a leading
+  space at the start of a text, and one character may take four tokens. The window starts with a token whose text was returned.
   """
 
   def __init__(self, tokenizer: Tokenizer):
     self._tokenizer = tokenizer
-    self._window: list[int] = []  # ids from the last chunk that came out, which gives the context, to the newest
-    self._num_out = 0  # ids of the window whose text is out in full
-    self._text_out = 0  # characters of the window's text that are out
+    self._window: list[int] = []  # the ids of the last returned text, which are the context, and all later ids
+    self._num_out = 0  # number of ids of the window whose text was returned in full
+    self._text_out = 0  # number of characters of the window's text that were returned
 
   def push(self, token_id: int) -> str:
-    """The characters that this token completes; often a word, sometimes nothing."""
+    """Adds a token and returns the characters that it completes: often a word, sometimes ""."""
     self._window.append(token_id)
     text = self._tokenizer.decode(self._window)
     held_too_long = len(self._window) - self._num_out > _MAX_HELD
@@ -126,7 +129,7 @@ class TextStream:
     if new:
       self._text_out += len(new)
       if whole == text:
-        # The tokens of this text stay as context for what follows; what was context before is no longer needed.
+        # The tokens of this text become the context of the next tokens. The previous context is no longer needed.
         self._window = self._window[self._num_out :]
         self._num_out = len(self._window)
         self._text_out = len(self._tokenizer.decode(self._window))
@@ -135,7 +138,7 @@ class TextStream:
     return new
 
   def finish(self) -> str:
-    """What was held back: characters that never became whole."""
+    """Returns the text that was held back, which is characters that never became whole, and resets the stream."""
     new = self._tokenizer.decode(self._window)[self._text_out :]
     self._window, self._num_out, self._text_out = [], 0, 0
     return new
