@@ -1,4 +1,4 @@
-"""The scheduler under random workloads, with a simulated device that sees what every step reads and writes."""
+"""The scheduler under random workloads, with a simulated device that checks all tokens that a step reads and writes."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jaxfp8.serving.scheduler import Scheduler, StepPlan
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A request: `stop_after` new tokens end it early (a stop token), `arrives` is the step at which it is added."""
+  """A request. A stop token ends it after `stop_after` new tokens. `arrives` is the step at which the request is added."""
 
   prompt: int
   new: int
@@ -29,7 +29,7 @@ def token_of(request_id: int, position: int) -> int:
 
 
 class Spy(Scheduler):
-  """Checks preemptions as they happen, and notes who was admitted first."""
+  """A scheduler that checks each preemption and records the order of first admissions."""
 
   def __init__(self, **sizes):
     super().__init__(**sizes)
@@ -48,7 +48,7 @@ class Spy(Scheduler):
 
 
 class Device:
-  """Pools and last tokens of every shard, written by steps in the order in which they are started."""
+  """The pools and last tokens of every shard. Steps write them in the order in which the steps are started."""
 
   def __init__(self, page_size: int):
     self.page_size, self.slots, self.last = page_size, {}, {}
@@ -60,7 +60,7 @@ class Device:
           token = self.last[shard, chunk.sequence.slot] if chunk.from_device else chunk.sequence.tokens[position]
           assert token == token_of(chunk.sequence.request_id, position)
           self.slots[self._slot(shard, chunk, position)] = token
-      for chunk in chunks:  # attention: everything that a chunk reads is its own
+      for chunk in chunks:  # attention: a chunk reads only tokens of its own sequence
         for position in range(chunk.stop):
           assert self.slots[self._slot(shard, chunk, position)] == token_of(chunk.sequence.request_id, position)
         if chunk.emits:
@@ -71,7 +71,7 @@ class Device:
 
 
 def simulate(jobs: list[Job], *, num_shards=1, **sizes) -> tuple[Spy, list[StepPlan]]:
-  """The engine's loop, committing one step behind. Returns the scheduler and every plan.
+  """The engine's loop, which commits one step behind. Returns the scheduler and all plans.
 
   A round in which nothing could be planned before a commit counts as a plan without chunks.
   """
@@ -154,7 +154,7 @@ def workloads(draw):
   least = max(-(-(job.prompt + job.new) // page_size) for job in jobs)
   return jobs, {
     "page_size": page_size,
-    "num_pages": least + draw(st.integers(0, 12)),  # 0: a pool that holds exactly one sequence
+    "num_pages": least + draw(st.integers(0, 12)),  # with 0 the pool holds just the longest sequence
     "max_sequences": draw(st.integers(1, 5)),
     "max_tokens": draw(st.integers(1, 24)),
     "num_shards": draw(st.integers(1, 3)),
@@ -168,10 +168,10 @@ def test_random_workloads(workload):
   scheduler, plans = simulate(jobs, **sizes)
   arrived = sorted(range(len(jobs)), key=lambda index: jobs[index].arrives)
   assert scheduler.admitted == arrived, "first come, first admitted"
-  # Every preemption costs at most one computation of a sequence again; without one, nothing is computed twice.
+  # A preempted sequence is computed again, at most once per preemption. Without preemptions no token is computed twice.
   if scheduler.num_preemptions == 0:
     computed = sum(chunk.stop - chunk.start for plan in plans for chunk in plan.chunks())
-    beyond = sum(job.stop_after is not None for job in jobs)  # the step after a stop token was already under way
+    beyond = sum(job.stop_after is not None for job in jobs)  # the step after a stop token was already in flight
     assert computed <= sum(job.prompt + job.num_new - 1 for job in jobs) + beyond
 
 
@@ -192,7 +192,7 @@ def test_decoding_sequences_ride_along_with_prompts():
 
 
 def test_an_older_prompt_is_not_overtaken():
-  """A prompt that waits for pages does not wait for the short requests that came after it."""
+  """A prompt that waits for pages is not overtaken by the short requests that arrived later."""
   jobs = [Job(prompt=8, new=4), Job(prompt=20, new=2)] + [Job(prompt=2, new=2) for _ in range(60)]
   _, plans = simulate(jobs, num_pages=6, page_size=4, max_sequences=4, max_tokens=8)
   first_token = next(i for i, plan in enumerate(plans) if any(c.sequence.request_id == 1 and c.emits for c in plan.chunks()))
@@ -201,7 +201,7 @@ def test_an_older_prompt_is_not_overtaken():
 
 
 def test_a_waiting_prompt_does_not_turn_decode_steps_into_prefill_steps():
-  """A program for one token a sequence is several times cheaper than one for a whole prompt's chunk."""
+  """A decode program, with one token per sequence, is several times cheaper than a prefill program."""
   jobs = [Job(prompt=8, new=40), Job(prompt=40, new=2)]
   _, plans = simulate(jobs, num_pages=12, page_size=4, max_sequences=4, max_tokens=8)
   for plan in plans:
@@ -212,11 +212,11 @@ def test_every_shard_is_used():
   jobs = [Job(prompt=8, new=16) for _ in range(6)]
   _, plans = simulate(jobs, num_pages=20, page_size=4, max_sequences=2, max_tokens=16, num_shards=3)
   assert [len(shard) for shard in plans[0].shards] == [2, 2, 2]
-  assert len(plans) == 17  # the last one only commits
+  assert len(plans) == 17  # the last round only commits
 
 
 def test_a_full_shard_does_not_stop_the_others():
-  """Shard 0 waits for an unread token before it may preempt; shard 1 goes on meanwhile."""
+  """Shard 0 must wait for an unread token before it may preempt. Meanwhile shard 1 continues."""
   jobs = [Job(prompt=4, new=28), Job(prompt=4, new=28), Job(prompt=4, new=28), Job(prompt=1, new=2)]
   _, plans = simulate(jobs, num_pages=8, page_size=4, max_sequences=2, max_tokens=16, num_shards=2)
   second = [any(c.sequence.request_id == 1 for c in plan.chunks()) for plan in plans]
@@ -224,7 +224,7 @@ def test_a_full_shard_does_not_stop_the_others():
 
 
 def test_one_step_ahead():
-  """The next step is planned before the last one's tokens are read, and takes them from the device."""
+  """The next step is planned before the previous step's tokens are read, and takes these tokens from the device."""
   scheduler = Scheduler(num_pages=4, page_size=4, max_sequences=2, max_tokens=8)
   sequence = scheduler.add(0, [5, 6, 7], 3)
   first, second, third = (scheduler.schedule() for _ in range(3))

@@ -1,4 +1,4 @@
-"""Steps: results that do not depend on the batch (bit for bit on a CPU), a pool written in place, and meshes."""
+"""Steps: results do not depend on the batch (bit for bit on a CPU) or the mesh, and steps write the pool in place."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ RECIPES = {
   "fp8_blocks_and_pages": Recipe("fp8", "block128", "f32", "fp8"),
   "fp8_everything": Recipe("fp8", "channel", "fp8", "fp8"),
 }
-# As wide as the default model, so that XLA's matrix products take the ways that they take there.
+# As wide as the default model, so that XLA chooses the same algorithms for its matrix products.
 WIDE = LlamaConfig(
   vocab_size=1003,
   d_model=576,
@@ -50,7 +50,7 @@ def weights_of(config):
   return tiny_models.make_weights(config)
 
 
-# tensor=6 gives kv=2 and group=3: each device has a third of the queries of two KV heads.
+# tensor=6 gives kv=2 and group=3: each device has two KV heads and a third of their query heads.
 GROUPS = dataclasses.replace(tiny_models.make_config("gqa_9_3_untied"), num_heads=12, num_kv_heads=4, head_dim=8)
 CONFIGS = {"wide": WIDE, "groups": GROUPS}
 
@@ -63,22 +63,22 @@ def tiny(case, recipe):
 
 @functools.cache
 def driver_of(case, recipe):
-  """One for all tests, since its programs take seconds to compile; nobody relies on what the pool held before.
+  """One driver for all tests, since its programs take seconds to compile. No test relies on the previous contents of the pool.
 
-  The pool is much larger than the programs' temporaries, see `test_the_pool_is_written_in_place`.
+  The pool is much larger than the programs' temporaries, as `test_the_pool_is_written_in_place` requires.
   """
   return Driver(tiny(case, recipe), num_pages=400)
 
 
 class TestBitEquality:
-  """On a CPU the bits of a sequence's logits do not depend on how it was cut, nor on what stood beside it."""
+  """On a CPU the bits of a sequence's logits depend neither on its chunks nor on the other sequences of the batch."""
 
   @pytest.mark.parametrize(
     ("case", "recipe"), [("mha_tied", "f32"), ("gqa_5_1_llama3", "bf16")]
     + [("wide", recipe) for recipe in RECIPES if recipe != "fp8_weights"]
   )  # fmt: skip
   def test_pieces(self, case, recipe):
-    """Plain jit: 130 tokens at once, one by one, and in pieces of up to 65 padded to 90."""
+    """Under plain jit: 130 tokens at once, one by one, and in pieces of up to 65 tokens padded to 90."""
     model = tiny(case, recipe)
     tokens = tiny_models.make_tokens(model.config, 130)
     whole, cache = tiny_llamas.run_pieces(model, tokens, [130])
@@ -88,7 +88,7 @@ class TestBitEquality:
       self._same_pages(cache, other, 130)
 
   def test_pieces_of_two(self):
-    """Two rows are the fewest that a product may have."""
+    """Pieces of two tokens, since two rows are the fewest that a matrix product may have."""
     model = tiny("mha_tied", "fp8_weights")
     tokens = tiny_models.make_tokens(model.config, 130)
     whole, _ = tiny_llamas.run_pieces(model, tokens, [130])
@@ -96,7 +96,7 @@ class TestBitEquality:
     np.testing.assert_array_equal(bits(logits), bits(whole))
 
   def _same_pages(self, a: KVCache, b: KVCache, length: int):
-    """The pools hold the same tokens (their last page is not full, and what is behind it does not matter)."""
+    """The pools hold the same keys and values for the first `length` tokens. The rest of the last page may differ."""
     for name, axis in (("k_pages", -2), ("v_pages", -1), ("k_scale", -1), ("v_scale", -1)):
       if getattr(a, name) is not None:
         x, y = (_tokens_first(getattr(cache, name), axis)[:length] for cache in (a, b))
@@ -104,7 +104,7 @@ class TestBitEquality:
 
   @pytest.mark.parametrize("recipe", ["bf16", "fp8_everything"])
   def test_compiled_steps(self, recipe):
-    """One sequence of 75 tokens through programs of 40 and 160 tokens and of 2 and 4 sequences, alone and in company."""
+    """One sequence of 75 tokens, alone and with others, in prefill programs of 40 and 160 tokens, decode of 2 and 4 rows."""
     driver = driver_of("gqa_9_3_untied", recipe)
     tokens = tiny_models.make_tokens(driver.config, 75)
     row = functools.partial(Row, tokens, pages=(9, 2), slot=1)
@@ -130,14 +130,14 @@ class TestBitEquality:
     check(driver.decode([row(74, 75)]), 0, "token by token")
     driver.prefill([*others, row(0, 74, emit=False)])
     company = [dataclasses.replace(other, start=other.stop - 1) for other in others]
-    if recipe == "bf16":  # spares a program
+    if recipe == "bf16":  # this avoids compiling the decode program of 4 sequences
       del company[0]
     check(driver.decode([*company, row(74, 75)]), len(company), "decoding in company")
     driver.prefill([row(0, 74, emit=False)])
     check(driver.prefill([others[1], row(74, 75), others[0]]), 1, "riding along with prompts")
 
   def test_a_researcher_gets_the_same_numbers(self):
-    """The pure function under plain jit, and the compiled step."""
+    """The pure function under plain jit agrees with the compiled step."""
     driver = driver_of("gqa_9_3_untied", "f32")
     model, tokens = tiny("gqa_9_3_untied", "f32"), tiny_models.make_tokens(driver.config, 75)
     batch = PrefillBatch.from_prompts([tokens, tokens[:10]])
@@ -148,7 +148,7 @@ class TestBitEquality:
 
 class TestState:
   def test_the_token_on_the_device_is_used(self):
-    """FROM_DEVICE takes what was chosen last for the sequence's place; a middle piece leaves that alone."""
+    """FROM_DEVICE takes the token last chosen for the sequence's slot. A chunk that does not emit leaves that token alone."""
     driver = driver_of("gqa_9_3_untied", "bf16")
     tokens = tiny_models.make_tokens(driver.config, 30)
     chosen, _ = driver.prefill([Row(tokens, 0, 30, (4,), slot=2), Row(tokens, 0, 8, (5,), slot=0)])
@@ -211,7 +211,7 @@ class TestState:
 
 
 class TestFloat8Pages:
-  """Attention over the float8 pages that a model wrote, against float64 over the very same pages."""
+  """Attention over the float8 pages that a model wrote, against float64 attention over the same pages."""
 
   def test_within_twice_the_error_of_the_reference(self):
     model = tiny("head_64_eps", "fp8_everything")
@@ -234,7 +234,7 @@ class TestFloat8Pages:
       assert np.abs(wrong - truth).max() > 1e-2
 
   def test_pages_hold_the_rounded_keys_and_values(self):
-    """One layer: what the pool holds is what a float64 Llama computes, to half a float8 step."""
+    """One layer: the pool's keys and values are those of a float64 Llama, to half a float8 step."""
     config = tiny_models.make_config("one_layer_head_10")
     model = tiny_llamas.load("one_layer_head_10", Recipe("fp8", "channel", "f32", "fp8"))
     tokens, seen = tiny_models.make_tokens(config, 70), []
@@ -246,7 +246,7 @@ class TestFloat8Pages:
     pool = [getattr(cache, name)[0] for name in ("k_pages", "v_pages", "k_scale", "v_scale")]
     for held, truth in zip(_dense(*pool, [0, 1], 70), seen, strict=True):
       amax = np.abs(truth).max(axis=-1, keepdims=True)
-      # e4m3 has three bits behind the point: half a step is 1/16 of a value, or 2^-10 of 448 for the smallest.
+      # e4m3 has three mantissa bits: half a step is 1/16 of a value, or 2^-10 times the scale for the smallest values.
       assert np.all(np.abs(held - truth) <= np.abs(truth) / 16 * 1.001 + amax / 448 * 2**-10 * 1.001)
       assert np.abs(held - truth).max() > 1e-3
 
@@ -257,7 +257,7 @@ class TestMeshes:
     [("gqa_9_3_untied", 3, 2), ("groups", 6, 1)],
   )
   def test_the_same_numbers_as_on_one_device(self, case, tensor, data):
-    """kv = 3 and two replicas; kv = 2 of four KV heads with group = 3. V = 103 and F = 91 divide by none of them."""
+    """kv = 3 with data = 2; kv = 2, for four KV heads, with group = 3. None of these sizes divides V = 103 or F = 91."""
     config = CONFIGS.get(case) or tiny_models.make_config(case)
     mesh = make_mesh(config, tensor, data)
     model = tiny_llamas.load(config, F32, mesh=mesh)
@@ -268,9 +268,9 @@ class TestMeshes:
 
   @pytest.mark.parametrize(("recipe", "limit"), [("fp8_everything", 0.3), ("fp8_blocks_and_pages", 0.1)])
   def test_float8_models_are_cut_too(self, recipe, limit):
-    """Each device finds the scales of its own activations, so the numbers are not those of one device, but near the truth.
+    """Each device scales its own part of the activations, so the results differ from one device's. They stay near the truth.
 
-    The limits are shares of the logits' spread, about twice what one device has.
+    The limits are fractions of the logits' standard deviation, about twice the error of one device.
     """
     config = tiny_models.make_config("head_64_eps")
     if recipe == "fp8_blocks_and_pages":  # each device has whole blocks of columns
@@ -287,7 +287,7 @@ class TestMeshes:
 
 
 def _generate(driver, data):
-  """Two prompts and three greedy steps of both: (tokens [4, 2], log-probabilities [4, 2, V])."""
+  """Prefills two prompts and decodes three greedy steps. Returns (tokens [4, 2], log-probabilities [4, 2, V])."""
   prompts = [tiny_models.make_tokens(driver.config, n, seed=n) for n in (70, 31)]
   rows = [Row(prompts[0], 0, 70, (1, 3)), Row(prompts[1], 0, 31, (2,), slot=1)]
 
@@ -304,7 +304,7 @@ def _generate(driver, data):
 
 class TestNoCompilation:
   def test_nothing_is_compiled_while_generating(self):
-    """Counted through jax's own events; the first lines show that they are counted at all."""
+    """Counts jax's own events of compilation and tracing. The first jit shows that the listener receives them."""
     events = []
 
     def listen(name, seconds, **_):
@@ -353,13 +353,13 @@ def test_impossible_limits(change, message):
 
 
 def _tokens_first(pool, axis) -> np.ndarray:
-  """[L, P, K, ...] with the token axis moved: [P * C, L, ...], tokens in the order of a table 0, 1, .."""
+  """[L, P, K, ...] with the token axis moved to the front: [P * C, L, ...], tokens in the order of a page table 0, 1, .."""
   x = np.moveaxis(np.asarray(pool), [1, axis], [0, 1])
   return np.ascontiguousarray(x.reshape(-1, *x.shape[2:]))
 
 
 def _dense(k_pages, v_pages, k_scale, v_scale, table, length):
-  """One layer's float8 pages [P, K, C, H] and [P, K, H, C] as float64 [length, K, H] each."""
+  """Dequantizes one layer's float8 pages, [P, K, C, H] and [P, K, H, C], to float64 keys and values [length, K, H]."""
   k, v, k_scale, v_scale = (np.asarray(x)[table].astype(np.float64) for x in (k_pages, v_pages, k_scale, v_scale))
   k, v = k * k_scale[..., None], v * v_scale[..., None, :]
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 3, 1, 2)
