@@ -93,7 +93,7 @@ class Scheduler:
     self.num_preemptions = 0
 
   def add(self, request_id: int, prompt: list[int], max_new_tokens: int) -> Sequence:
-    """Queues a request. Raises InputError if it could never fit in the pool."""
+    """Queues a request. Raises InputError if the prompt and its new tokens can never fit in the pool."""
     sequence = Sequence(request_id, list(prompt), len(prompt), len(prompt) + max_new_tokens)
     pool = self.pools[0]
     if pool.pages_for(sequence.max_tokens) > pool.num_pages:

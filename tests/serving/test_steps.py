@@ -1,4 +1,4 @@
-"""Steps: results do not depend on the batch (bit for bit on a CPU) or the mesh, and steps write the pool in place."""
+"""Steps: results do not depend on the batch (bit for bit on a CPU), the pool is written in place, and meshes agree."""
 
 import dataclasses
 import functools
