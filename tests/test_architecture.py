@@ -1,23 +1,27 @@
-"""The shape of the house: who may import whom, what stays free of jax, and how long a file may be."""
+"""Rules of the source: modules that load no jax, imports that stay light, lengths of files, parameters, names in strings."""
 
 import ast
 import functools
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Modules and packages that load no jax, however they are reached.
+# Modules and packages that load no jax in a fresh process.
 NO_JAX = [
   "errors",
   "units",
   "progress",
   "plots",
   "config",
+  "recipe",
   "mesh",
+  "source_digest",
+  "child_process",
   "planning.devices",
   "planning.roofline",
   "planning.deployment",
@@ -36,17 +40,25 @@ NO_JAX = [
   "checkpoint.stored_arrays",
   "checkpoint.dequantize_on_read",
   "checkpoint.unfinished",
+  "checkpoint.writer",
   "checkpoint.readers",
   "checkpoint.readers.huggingface",
+  "checkpoint.readers.safetensors_file",
+  "checkpoint.readers.dialects",
+  "checkpoint.readers.source",
   "checkpoint.readers.gguf_file",
+  "checkpoint.readers.gguf_tokenizer",
   "text.chat_template",
   "text.tokenizer",
   "quantization.observers",
   "quantization.plots",
   "distributed.environment",
+  "serving.limits",
   "serving.pages",
   "serving.scheduler",
   "commands.command",
+  "commands.main",
+  "commands.env",
   "commands.plan",
   "commands.generate",
 ]
@@ -60,19 +72,19 @@ def files_of(*folders: str) -> list[pathlib.Path]:
 
 @functools.cache
 def imports_of(path: pathlib.Path) -> frozenset[str]:
-  """Dotted names of everything that is imported, inside functions too; `from a import b` counts as a.b."""
-  found = set()
+  """Dotted names of all imports of a file, those inside functions too; `from a import b` counts as a.b."""
+  names = set()
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path}: relative import"
-      found |= {f"{node.module}.{alias.name}" for alias in node.names}
-  return frozenset(found)
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return frozenset(names)
 
 
-def test_no_jax_when_run():
-  """The planner, the readers and the scheduler run where there is no jax at all."""
+def test_a_fresh_process_loads_no_jax():
+  """The planner, the readers, an opened checkpoint and the scheduler need no jax."""
   code = f"""
 import importlib, sys
 for name in {NO_JAX}:
@@ -163,3 +175,70 @@ def test_at_most_five_positional_parameters(path):
       if len(names) > 5:
         long[node.name] = names
   assert not long, f"make the others keyword-only: {long}"
+
+
+DOTTED = re.compile(r"(?<![\w./-])(?:jaxfp8|pallas_kernels|tools)(?:\.[A-Za-z_]\w*)+(?![\w/-])")
+FILE_NAMES = {"jaxfp8.json"}  # the manifest of a checkpoint: a file, no module
+
+
+def unresolved(dotted: str) -> str | None:
+  """The part of a dotted name that is neither a module nor defined in the module before it; None if every part is."""
+  parts = dotted.split(".")
+  folder = ROOT / parts[0]
+  for index, part in enumerate(parts[1:], 1):
+    if (folder / part).is_dir():
+      folder = folder / part
+      continue
+    if (folder / f"{part}.py").is_file():
+      if index + 1 == len(parts):
+        return None
+      module, name = folder / f"{part}.py", parts[index + 1]
+    else:
+      module, name = folder / "__init__.py", part
+    if not module.is_file() or not re.search(rf"\b{name}\b", "\n".join(_defined(module))):
+      return name
+    return None
+  return None
+
+
+@functools.cache
+def _defined(path: pathlib.Path) -> tuple[str, ...]:
+  """The names that a module defines or imports at its top level, or under an `if` there."""
+  names = []
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+      names.append(node.name)
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      names.append(node.id)
+    elif isinstance(node, ast.alias):
+      names.append((node.asname or node.name).split(".")[-1])
+  return tuple(names)
+
+
+@pytest.mark.parametrize(
+  "path", files_of("jaxfp8", "pallas_kernels", "tools", "examples"), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_names_in_strings_exist(path):
+  """A module that moved leaves no old name behind in a message, a docstring or a command line."""
+  stale = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+      names = set(DOTTED.findall(node.value)) - FILE_NAMES
+      stale |= {name for name in names if unresolved(name)}
+  assert not stale, f"no such module or name: {sorted(stale)}"
+
+
+@pytest.mark.parametrize(
+  ("name", "part"),
+  [
+    ("jaxfp8.hosts", "hosts"),
+    ("jaxfp8.planning.budget", "budget"),
+    ("tools.gpu_report", "gpu_report"),
+    ("jaxfp8.quantization.quality_gate.Limits", "Limits"),
+    ("jaxfp8.planning.deployment", None),
+    ("jaxfp8.quantization.quality_gate.GateLimits", None),
+    ("jaxfp8.load", None),
+  ],
+)
+def test_an_old_name_does_not_resolve(name, part):
+  assert unresolved(name) == part

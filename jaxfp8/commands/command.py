@@ -251,9 +251,9 @@ def choose_platform() -> None:
 
 
 def keep_compiled_programs(cache_dir: str) -> None:
-  """Keeps programs in `cache_dir`: on a CPU as jaxfp8.program_cache does, elsewhere by JAX's persistent compilation cache.
+  """Keeps programs in `cache_dir`: a CPU uses jaxfp8.serving.program_cache, a GPU the persistent compilation cache of JAX.
 
-  Only one of them may be on (program_cache says why). Nothing for an empty cache_dir.
+  Only one of the two caches may be on (program_cache says why). An empty cache_dir keeps nothing.
   """
   if not cache_dir:
     return

@@ -61,8 +61,8 @@ def smallest_change(deployment: Deployment, batch: int) -> str:
     return "pass --weights=fp8"
   fp8 = deployment.with_recipe(weights="fp8", kv="fp8")
   for candidate, recipe in ((deployment, ""), (fp8, " --weights=fp8 --kv_cache=fp8")):
-    if found := _more_devices(candidate, batch) or _another_device(candidate, batch):
-      return f"pass {found}{recipe}"
+    if flags := _more_devices(candidate, batch) or _another_device(candidate, batch):
+      return f"pass {flags}{recipe}"
   return f"no device in configs/devices holds it on up to {MAX_DEVICES} devices: take a smaller model"
 
 
@@ -110,10 +110,10 @@ def _more_sequences(deployment: Deployment, batch: int, now: float) -> Iterator[
 
 
 def _other_numbers(deployment: Deployment, batch: int, now: float) -> Iterator[Option]:
-  for field, what in (("kv", "an FP8 KV cache"), ("weights", "FP8 weights")):
+  for field, description in (("kv", "an FP8 KV cache"), ("weights", "FP8 weights")):
     if getattr(deployment.recipe, field) != "fp8":
       gain = now / decode_times(deployment.with_recipe(**{field: "fp8"}), batch).step
-      yield Option(what, gain, gain)
+      yield Option(description, gain, gain)
 
 
 def _shorter_context(deployment: Deployment, batch: int, now: float) -> Iterator[Option]:

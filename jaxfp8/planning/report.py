@@ -85,8 +85,8 @@ def print_memory(console: Console, plan: DeploymentPlan) -> None:
   ]
   if memory.system:
     rows.append(("operating system", memory.system, "shares this memory"))
-  for name, amount, what in rows:
-    table.add_row(name, f"{amount:,}", format_bytes(amount), format_share(amount / memory.total), what)
+  for name, amount, note in rows:
+    table.add_row(name, f"{amount:,}", format_bytes(amount), format_share(amount / memory.total), note)
   left = ("left", memory.free, f"of {format_bytes(memory.total)}") if memory.free >= 0 else ("lacking", -memory.free, "")
   table.add_section()
   table.add_row(left[0], f"{left[1]:,}", format_bytes(left[1]), format_share(left[1] / memory.total), left[2])

@@ -107,4 +107,4 @@ def _causes(deployment: Deployment, batch: int) -> str:
   if mesh.tensor > 1:
     causes.append(("tensor parallelism over PCIe or the host (see nvidia-smi topo -m)", None))
   causes.append(("clocks (see nvidia-smi -q -d CLOCK,PERFORMANCE)" if device.num_sms else "fewer threads than cores", None))
-  return "; ".join(what if allows is None else f"{what} ({format_rate(allows)} tok/s at most)" for what, allows in causes)
+  return "; ".join(cause if allows is None else f"{cause} ({format_rate(allows)} tok/s at most)" for cause, allows in causes)

@@ -38,7 +38,7 @@ from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.layers import Linear
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.step_context import StepContext
-from jaxfp8.quantization.observers import SCALES, HistogramObserver
+from jaxfp8.quantization.observers import SCALE_CHOICES, HistogramObserver
 from jaxfp8.quantization.rounding import Inputs, check_rounding, round_weights
 from jaxfp8.recipe import Precision, Recipe
 
@@ -101,15 +101,15 @@ def calibrate(
   return calibrator
 
 
-def load_calibrated(model: Llama, calibrator: "Calibrator", found: Mapping[str, np.ndarray]) -> Llama:
+def load_calibrated(model: Llama, calibrator: "Calibrator", calibrated: Mapping[str, np.ndarray]) -> Llama:
   """Fills an abstract model on one device with what `calibrator.layers()` gave, and the rest from its source."""
   arrays = calibrator.arrays
 
   def read(keys):
-    rest = tuple(key for key in keys if key not in found)
-    return {key: found[key] for key in keys if key in found} | (arrays.read(rest) if rest else {})
+    rest = tuple(key for key in keys if key not in calibrated)
+    return {key: calibrated[key] for key in keys if key in calibrated} | (arrays.read(rest) if rest else {})
 
-  scales = {key: found[key] for key in static_scales.required_keys(model) if key in found}
+  scales = {key: calibrated[key] for key in static_scales.required_keys(model) if key in calibrated}
   return load_into(model, arrays, read=whole_arrays(read), scales=scales)
 
 
@@ -141,8 +141,8 @@ class Calibrator:
     keep_bf16: Sequence[str] = (),
   ):
     check_rounding(rounding)
-    if scales is not None and scales not in SCALES:
-      raise InputError(f"calibrate: scales must be one of {', '.join(SCALES)}; got {scales!r}.")
+    if scales is not None and scales not in SCALE_CHOICES:
+      raise InputError(f"calibrate: scales must be one of {', '.join(SCALE_CHOICES)}; got {scales!r}.")
     if rounding != "nearest" and any(source.granularity(name) for name in source.names()):
       raise InputError(
         f"calibrate: {source.path} is float8 already, and such weights are never rounded again. Pass the source, or "
@@ -172,8 +172,8 @@ class Calibrator:
       elif self.rounding == "mse":
         arrays |= self._round(layer, {})
       if self.choice or self.rounding == "gptq":
-        hidden, magnitudes = self._run(layer, arrays, self.arrays, hidden, _count if self.choice else None)
-        arrays |= self._scales(layer, magnitudes)
+        hidden, observers = self._run(layer, arrays, self.arrays, hidden, _count if self.choice else None)
+        arrays |= self._scales(layer, observers)
       yield layer, arrays
       if progress:
         progress(layer + 1, self.config.num_layers)
@@ -197,25 +197,25 @@ class Calibrator:
     return self._round(layer, hessians)
 
   def _round(self, layer: int, hessians: Mapping[str, jax.Array] | None) -> dict[str, np.ndarray]:
-    found = {}
+    rounded = {}
     for merged in self._float8(layer):
       inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
       for weight, scale in stored_arrays.float8_keys(layer, merged, self.recipe.granularity):
         source = self.arrays.source.read(weight.split("[")[0])
         q = round_weights(source, self.recipe.granularity, self.rounding, inputs)
-        found |= {weight: q.qvalue, scale: q.scale}
-    return found
+        rounded |= {weight: q.qvalue, scale: q.scale}
+    return rounded
 
-  def _scales(self, layer: int, magnitudes: Mapping[str, HistogramObserver] | None) -> dict[str, np.ndarray]:
-    found = {}
-    for name, sizes in (magnitudes or {}).items():
-      scales, choice = sizes.scales(), self.choice or ""  # there are magnitudes only if there is a choice
-      self.seen.append(Observation(layer, name, sizes.amax, scales))
+  def _scales(self, layer: int, observers: Mapping[str, HistogramObserver] | None) -> dict[str, np.ndarray]:
+    static = {}
+    for name, observer in (observers or {}).items():
+      scales, choice = observer.scales(), self.choice or ""  # only a calibrator with a choice has observers
+      self.seen.append(Observation(layer, name, observer.amax, scales))
       if name in static_scales.KV:
-        found[static_scales.kv_key(layer, name)] = scales[choice]
+        static[static_scales.kv_key(layer, name)] = scales[choice]
       elif name in self._float8(layer):
-        found |= {key: np.asarray(scales[choice][0]) for key in static_scales.input_keys(layer, name)}
-    return found
+        static |= {key: np.asarray(scales[choice][0]) for key in static_scales.input_keys(layer, name)}
+    return static
 
   def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: QuantizedSource, hidden, collect):
     """(hidden states after the layer, what `collect` made of its inputs): all chunks through one layer."""
@@ -266,19 +266,19 @@ def _listening(linear: Linear, hear: Callable[[Any], None]) -> Linear:
   return Listening(linear.weight.get_value(), linear.weight.get_metadata("partition"), linear.runtime)
 
 
-def _count(magnitudes: dict[str, HistogramObserver] | None, inputs, num_kv_heads: int) -> dict[str, HistogramObserver]:
+def _count(observers: dict[str, HistogramObserver] | None, inputs, num_kv_heads: int) -> dict[str, HistogramObserver]:
   """Pages hold zeros where no token is; they change no scale."""
-  if magnitudes is None:
-    magnitudes = {name: HistogramObserver(1 if name in static_scales.LINEARS else num_kv_heads) for name in inputs}
+  if observers is None:
+    observers = {name: HistogramObserver(1 if name in static_scales.LINEARS else num_kv_heads) for name in inputs}
   for name, values in inputs.items():
     array = np.asarray(values.astype(jnp.float32))
-    magnitudes[name].add(array[None] if name in static_scales.LINEARS else array.swapaxes(0, 1))
-  return magnitudes
+    observers[name].add(array[None] if name in static_scales.LINEARS else array.swapaxes(0, 1))
+  return observers
 
 
 def _hessians(hessians: dict[str, jax.Array] | None, inputs, num_kv_heads: int) -> dict[str, jax.Array]:
-  found = {name: _gram(inputs[name]) for name in static_scales.LINEARS}
-  return found if hessians is None else {name: hessians[name] + found[name] for name in found}
+  grams = {name: _gram(inputs[name]) for name in static_scales.LINEARS}
+  return grams if hessians is None else {name: hessians[name] + grams[name] for name in grams}
 
 
 @jax.jit

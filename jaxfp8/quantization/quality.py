@@ -68,8 +68,8 @@ def cut_training_chunks(
   ]
   if context < 2 or not free:
     raise InputError(f"quality: beside the text that is held out there is no room for {context} tokens. Pass a longer text.")
-  places = np.unique(np.linspace(0, len(free) - 1, min(len(free), -(-num_tokens // context))).astype(int))
-  rows = np.stack([np.asarray(tokens[free[place] : free[place] + size], np.int32) for place in places])
+  indices = np.unique(np.linspace(0, len(free) - 1, min(len(free), -(-num_tokens // context))).astype(int))
+  rows = np.stack([np.asarray(tokens[free[index] : free[index] + size], np.int32) for index in indices])
   return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
@@ -191,12 +191,12 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int], matrices: 
     raise InputError("quality: with_layers needs two models of one config, each with equal formats in all its layers.")
   graph, state = nnx.split(base)
   changed = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))  # new variables: `merge` alone would share base's
-  for own, theirs in zip(*(_linears(model.segments[0], matrices) for model in (changed, quantized)), strict=True):
-    value = own.get_value()
+  for weight, replacement in zip(*(_linears(model.segments[0], matrices) for model in (changed, quantized)), strict=True):
+    value = weight.get_value()
     for layer in layers:
-      rounded = _widen(jax.tree.map(lambda leaf, layer=layer: leaf[layer], theirs.get_value()))
+      rounded = _widen(jax.tree.map(lambda leaf, layer=layer: leaf[layer], replacement.get_value()))
       value = value.at[layer].set(rounded[tuple(map(slice, value.shape[1:]))].astype(value.dtype))
-    own.set_value(value)
+    weight.set_value(value)
   return changed
 
 

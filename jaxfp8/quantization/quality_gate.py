@@ -36,17 +36,17 @@ class GateLimits:
   max_perplexity_ratio: float | None = None
   min_top1: float | None = None
 
-  def failures(self, name: str, found: dict[str, Any]) -> list[str]:
-    """One sentence for each figure of `found` (a Quality as plain values) beyond its limit; a NaN is beyond every limit."""
+  def failures(self, name: str, measured: dict[str, Any]) -> list[str]:
+    """One sentence for each figure of `measured` (a Quality as plain values) beyond its limit; a NaN is beyond every limit."""
     limits = (
       ("kl", "KL divergence", self.max_kl, 1),
       ("perplexity_ratio", "perplexity ratio", self.max_perplexity_ratio, 1),
       ("top1", "top-1 agreement", self.min_top1, -1),
     )
     return [
-      f"{name}: {title} must be at {'most' if sign > 0 else 'least'} {limit:g}; got {found[key]['value']:.4g}."
+      f"{name}: {title} must be at {'most' if sign > 0 else 'least'} {limit:g}; got {measured[key]['value']:.4g}."
       for key, title, limit, sign in limits
-      if limit is not None and not sign * found[key]["value"] <= sign * limit
+      if limit is not None and not sign * measured[key]["value"] <= sign * limit
     ]
 
 
@@ -64,9 +64,9 @@ def judge(
   sentence for each limit that is not met.
   """
   reference = quality.Reference(load.load_source(source, PLAIN), chunks)
-  found = dataclasses.asdict(quality.Quality.of(reference.score(load.load(folder)), reference.nll))
-  failures = (limits or GateLimits()).failures(name or str(folder), found)
-  return {**found, "positions": int(chunks[:, 1:].size), "failures": failures}
+  measured = dataclasses.asdict(quality.Quality.of(reference.score(load.load(folder)), reference.nll))
+  failures = (limits or GateLimits()).failures(name or str(folder), measured)
+  return {**measured, "positions": int(chunks[:, 1:].size), "failures": failures}
 
 
 def gate(
@@ -79,13 +79,13 @@ def gate(
   limits = limits or GateLimits()
 
   def check(folder: pathlib.Path) -> dict[str, Any]:
-    found = judge(source, folder, chunks, limits, "gate")
-    if found["failures"]:
+    measured = judge(source, folder, chunks, limits, "gate")
+    if measured["failures"]:
       raise InputError(
-        f"{' '.join(found['failures'])} No checkpoint was made. Keep costly matrices in bf16 (keep_bf16=auto:N), use another "
-        "recipe or raise the limit."
+        f"{' '.join(measured['failures'])} No checkpoint was made. Keep costly matrices in bf16 (keep_bf16=auto:N), use "
+        "another recipe or raise the limit."
       )
-    return {"quality": {**found, "limits": dataclasses.asdict(limits), "text": text}}
+    return {"quality": {**measured, "limits": dataclasses.asdict(limits), "text": text}}
 
   return check
 

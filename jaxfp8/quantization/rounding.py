@@ -122,11 +122,11 @@ def _gptq(w_FD: Any, inputs: Inputs, granularity: str) -> QArray:
     block = w[start : start + _COLUMNS]
     stop = start + len(block)
     errors = np.empty_like(block)
-    for j, (column, own) in enumerate(zip(block, spread[start:stop], strict=True)):
-      place = start + j
-      q[place] = np.clip(column * (1 / own), -MAX, MAX).astype(_FLOAT8)
-      errors[j] = (column - q[place].astype(np.float32) * own) / factor[place, place]
-      block[j + 1 :] -= factor[place, place + 1 : stop, None] * errors[j]
+    for j, (column, scale_F) in enumerate(zip(block, spread[start:stop], strict=True)):
+      row = start + j
+      q[row] = np.clip(column * (1 / scale_F), -MAX, MAX).astype(_FLOAT8)
+      errors[j] = (column - q[row].astype(np.float32) * scale_F) / factor[row, row]
+      block[j + 1 :] -= factor[row, row + 1 : stop, None] * errors[j]
     w[stop:] -= factor[start:stop, stop:].T @ errors
   rounded: Any = np.empty(w_FD.shape, _FLOAT8)  # a numpy array, as all of this QArray
   rounded[:, order] = q.T
