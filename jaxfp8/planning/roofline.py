@@ -205,14 +205,14 @@ BOUND_WORDS = {
 
 
 def explain(cost: StepCost, device: DeviceSpec, seconds: float) -> str:
-  """One sentence on a step that took `seconds`: bytes moved, share of the bandwidth, what bounds it, how near it came."""
+  """One sentence on a step that took `seconds`: bytes moved, share of the bandwidth, the bound, share of its speed."""
   times = bound(cost, device)
   rate = cost.memory_bytes / seconds
   return (
     f"a step moved {format_bytes(cost.memory_bytes)} in {format_seconds(seconds)}: {format_bytes(rate)}/s, about "
     f"{format_share(rate / device.bandwidth)} of the {format_bytes(device.bandwidth)}/s of {device.name}; "
-    f"{BOUND_WORDS[times.bound_by]} bounds it, and {format_seconds(times.step)} is the least it can take "
-    f"({format_share(times.step / seconds)} of that speed reached)."
+    f"{BOUND_WORDS[times.bound_by]} bounds it: a step takes at least {format_seconds(times.step)}, "
+    f"and {format_share(times.step / seconds)} of that speed was reached."
   )
 
 

@@ -83,7 +83,7 @@ def calibrate(
     late, check: more to store, as `provenance` (where it is a function) and `check` of `convert_checkpoint`.
 
   Returns a Calibrator that is done: `seen` is what was seen, layer by layer; `arrays.notes` what is stored otherwise than asked
-  for. Raises InputError for bad weights, bad wishes, an existing folder or a full disk;
+  for. Raises InputError for bad weights, unusable options, an existing folder or a full disk;
   nothing is then left behind.
   """
   source = open_checkpoint(path)
@@ -127,7 +127,7 @@ def all_static(recipe: Recipe) -> Recipe:
 class Calibrator:
   """The layers of a model over calibration text, one after the other.
 
-  Args: as `calibrate`'s; without `scales` nothing is measured. Raises InputError for bad wishes.
+  Args: as `calibrate`'s; without `scales` nothing is measured. Raises InputError for unusable options.
   """
 
   def __init__(

@@ -16,7 +16,7 @@ from tests.helpers import tiny_models
 
 @dataclasses.dataclass
 class Row:
-  """Tokens start .. stop - 1 of one sequence: `pages` are its pages, `place` its slot in last_tokens."""
+  """Tokens start .. stop - 1 of one sequence: `pages` are its pages, `slot` its row of last_tokens."""
 
   tokens: np.ndarray
   start: int

@@ -162,7 +162,7 @@ class TestState:
     assert by_device[0] == by_host[0]
     np.testing.assert_array_equal(bits(by_device[1]), bits(by_host[1]))
     wrong = driver.decode([Row(tokens, 30, 31, (4,), slot=0, from_device=True)])
-    assert not np.array_equal(bits(wrong[1]), bits(by_host[1])), "another place holds another token"
+    assert not np.array_equal(bits(wrong[1]), bits(by_host[1])), "another slot holds another token"
 
   @pytest.mark.parametrize("recipe", ["bf16", "fp8_everything"])
   def test_nobody_elses_pages_are_touched(self, recipe):
