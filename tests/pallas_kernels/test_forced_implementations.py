@@ -20,8 +20,9 @@ from jaxfp8.sharding import MESH_AXES
 from pallas_kernels import Target, dispatch, interpret, page_write
 from tests.helpers import tiny_llamas, tiny_models
 
-# The smallest sizes that every kernel takes.
-TINY = dataclasses.replace(LlamaConfig.from_name("tiny"), d_model=128, d_ff=128, num_layers=1, vocab_size=128)
+# Sizes that every kernel takes. rope_write finds no register layouts for two query heads of 64 to a KV head.
+SIZES = {"d_model": 128, "d_ff": 128, "num_layers": 1, "vocab_size": 128, "num_heads": 4, "num_kv_heads": 1, "head_dim": 128}
+TINY = dataclasses.replace(LlamaConfig.from_name("tiny"), **SIZES)
 FP8 = Recipe(weights="fp8", activations="fp8", kv="fp8")
 OPERATIONS = {"fp8_matmul", "paged_attention", "residual_norm", "rope_write", "silu_multiply"}  # those of a model
 ELSEWHERE = {"cpu", "xla", "reference", "interpret"}
