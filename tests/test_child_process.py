@@ -28,6 +28,7 @@ def function(request):
     case "end": yield {"got": 2}
     case "abort": print("LLVM ERROR: Cannot select", file=sys.stderr, flush=True); os.abort()
     case "sleep": time.sleep(60)
+    case "wait": yield {"got": 2}; time.sleep(60)
     case "mistake": raise InputError("child: value must be even; got 3.")
     case "fault": raise RuntimeError("no such luck")
 child_process.serve(function)
@@ -80,9 +81,10 @@ def test_a_child_hears_ctrl_c_whatever_its_parent_ignores():
   command = [sys.executable, "-c", ignoring, sys.executable, "-c", FUNCTIONS]
   options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
   with subprocess.Popen(command, cwd=commands.ROOT, **options) as process:
-    process.stdin.write(b'{"value": 1, "then": "sleep"}\n')
+    process.stdin.write(b'{"value": 1, "then": "wait"}\n')
     process.stdin.flush()
-    process.stdout.readline()
+    for _ in range(2):  # os.system, between the two answers, ignores SIGINT
+      process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == child_process.INTERRUPTED
 

@@ -77,7 +77,7 @@ class TestNumbers:
     tokens, mesh = tiny_models.make_tokens(CONFIG, 50), make_mesh(CONFIG, tensor)
     weights, found = tiny_llamas.load(CONFIG, recipe, mesh=mesh), []
     for least in (512, 8):
-      monkeypatch.setattr(llama, "_CUT_ROWS_FROM", least)
+      monkeypatch.setattr(llama, "_MIN_CUT_ROWS", least)
       driver = Driver(weights, mesh, prefill_sizes=(56,), decode_sizes=(4,))
       text = driver.steps.lower("prefill", 56).as_text()
       assert ("reduce_scatter" in text) == (least == 8)
