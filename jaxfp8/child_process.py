@@ -24,7 +24,7 @@ from jaxfp8.errors import InputError
 
 _MAX_LAST_LINE = 300  # characters
 _INPUT_ERROR = "input_error"  # the key of an answer that is an InputError
-INTERRUPTED = 130  # the exit code of a child that Ctrl-C ended
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 class Child(enum.StrEnum):

@@ -1,9 +1,11 @@
-"""`InputError`, the exception for a caller's mistake.
+"""`InputError`, the exception for a caller's mistake, and silence for the libraries that would add pages to its message.
 
 Every message names the part of jaxfp8, the rule, the value that breaks the rule and the remedy, in one or two sentences:
 `config: num_heads must be a multiple of num_kv_heads; got 9 and 2. Check the checkpoint's config.json.`
 Commands print the message without a traceback and exit with code 1.
 """
+
+import logging
 
 _MAX_MESSAGE = 2000
 
@@ -16,3 +18,9 @@ class InputError(ValueError):
     if len(message) > _MAX_MESSAGE:
       message = f"{message[: _MAX_MESSAGE // 2]} [...] {message[-_MAX_MESSAGE // 4 :]}"
     super().__init__(message)
+
+
+def silence_libraries() -> None:
+  """Turns off the logs of libraries: Orbax logs pages about a damaged checkpoint, and a program of ours prints one sentence."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -39,7 +39,7 @@ NO_JAX = [
   "checkpoint.open",
   "checkpoint.stored_arrays",
   "checkpoint.dequantize_on_read",
-  "checkpoint.unfinished",
+  "unfinished",
   "checkpoint.writer",
   "checkpoint.readers",
   "checkpoint.readers.huggingface",

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxfp8.errors import InputError
-from jaxfp8.recipe import BLOCK, FLOAT8_MAX, Granularity, LayerFormat, Precision, Recipe
+from jaxfp8.recipe import BLOCK, FLOAT8_MAX, PAGE_SIZES, Granularity, LayerFormat, Precision, Recipe
 from pallas_kernels import float8
 from pallas_kernels.fp8_matmul import api as fp8_matmul
+from pallas_kernels.paged_attention import tiling as attention_tiling
 
 
 def test_recipes():
@@ -67,3 +68,4 @@ def test_a_layer_format_is_of_weights():
 def test_constants_are_those_of_the_kernels():
   """pallas_kernels cannot import jaxfp8, so it has its own."""
   assert (FLOAT8_MAX, BLOCK) == (float8.MAX, fp8_matmul.BLOCK) == (448.0, 128)
+  assert PAGE_SIZES == attention_tiling.PAGE_SIZES

@@ -20,10 +20,10 @@ import numpy as np
 from jaxfp8.checkpoint.convert import ReportProgress
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.checkpoint.unfinished import unfinished
 from jaxfp8.checkpoint.writer import sync_tree
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
+from jaxfp8.unfinished import unfinished
 
 _SHARD_BYTES = 2 << 30
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block128": "block"}

@@ -26,9 +26,9 @@ from jaxfp8.checkpoint.manifest import FORMAT_VERSION, WRITING
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
-from jaxfp8.checkpoint.unfinished import write_atomically
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Precision, Recipe
+from jaxfp8.unfinished import write_atomically
 
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time

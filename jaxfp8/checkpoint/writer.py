@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from jaxfp8.checkpoint import unfinished
+from jaxfp8 import unfinished
 from jaxfp8.checkpoint.manifest import MANIFEST, TEMPLATE, TOKENIZER, WRITING, Manifest, orbax, orbax_context
 from jaxfp8.errors import InputError
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxfp8 import child_process
 from jaxfp8.commands import command, profiling
+from jaxfp8.errors import silence_libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,5 +99,5 @@ def _measure_case(loaded, device, request: dict[str, Any], *, batch: int, length
 
 
 if __name__ == "__main__":
-  command.silence_libraries()
+  silence_libraries()
   child_process.serve(measure)

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import inspect
 import io
-import logging
 import os
 import pathlib
 import signal
@@ -26,13 +25,14 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from jaxfp8.errors import InputError
+from jaxfp8 import unfinished
+from jaxfp8.child_process import INTERRUPTED
+from jaxfp8.errors import InputError, silence_libraries
 
 DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
-# Modules that are asked to stop only in a process that has imported them: they load jax. A test looks up the names.
+# It loads jax, and is asked to stop only in a process that has imported it. A test looks up the name.
 PROCESSES_MODULE = "jaxfp8.distributed.processes"
-UNFINISHED_MODULE = "jaxfp8.checkpoint.unfinished"
-INTERRUPTED, TERMINATED = 130, 143  # the exit codes of a program that Ctrl-C or SIGTERM ended
+TERMINATED = 143  # the exit code of a program that SIGTERM ended
 _excepthook = sys.excepthook
 _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # clears the line and shows the cursor that an interrupted progress bar has hidden
 
@@ -229,15 +229,8 @@ def _stop(code: int) -> None:
   # A module that is still being imported has no such function yet.
   if announce := getattr(sys.modules.get(PROCESSES_MODULE), "announce", None):
     announce("Stopped.")
-  if abandon_unfinished := getattr(sys.modules.get(UNFINISHED_MODULE), "abandon_unfinished", None):
-    abandon_unfinished()
+  unfinished.abandon_unfinished()
   os._exit(code)
-
-
-def silence_libraries() -> None:
-  """Turns off the logs of libraries: Orbax logs pages about a damaged checkpoint, and the command prints one sentence."""
-  for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def choose_platform() -> None:

@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 import time
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from jaxfp8.config import configs_folder, find_config, read_toml
 from jaxfp8.errors import InputError
+from jaxfp8.unfinished import write_atomically
 
 CPU = "cpu"
 READ_BYTES = 512 * 2**20
@@ -251,8 +251,6 @@ def _write_rates(path: pathlib.Path, rates: dict[str, Any]) -> None:
   """Written under another name and renamed, so that a second process never reads half a file; no error if it cannot be."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-      json.dump(rates, file)
-    os.replace(file.name, path)
+    write_atomically(path, json.dumps(rates).encode())
   except OSError:
     return

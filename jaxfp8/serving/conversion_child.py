@@ -4,12 +4,12 @@ Orbax writes with all processes of a run together, but here each host has its ow
 "cache_dir", "tensor", "data", "needs_tokenizer", "keep_granularity"}, the answer {"folder"}.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from jaxfp8 import child_process
+from jaxfp8.errors import silence_libraries
 
 
 def _convert(request: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -24,8 +24,7 @@ def _convert(request: dict[str, Any]) -> Iterator[dict[str, str]]:
     if request["needs_tokenizer"]:
       Tokenizer(source.tokenizer)
 
-  for name in ("absl", "asyncio"):  # Orbax logs pages about a damaged checkpoint
-    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+  silence_libraries()
   recipe, keep = Recipe(**request["recipe"]), request["keep_granularity"]
   checkpoint = cached_checkpoint(request["path"], recipe, request["cache_dir"], check=check, keep_granularity=keep)
   yield {"folder": str(checkpoint.path)}

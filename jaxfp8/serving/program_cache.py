@@ -19,8 +19,8 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from jaxfp8.checkpoint.unfinished import write_atomically
 from jaxfp8.source_digest import source_digest
+from jaxfp8.unfinished import write_atomically
 
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:

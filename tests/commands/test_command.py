@@ -182,9 +182,9 @@ class TestMain:
 
 
 def test_the_functions_that_end_a_process_exist():
-  processes, unfinished = map(importlib.import_module, (command.PROCESSES_MODULE, command.UNFINISHED_MODULE))
+  processes = importlib.import_module(command.PROCESSES_MODULE)
   assert all(callable(getattr(processes, name)) for name in ("announce", "count", "leave"))
-  assert callable(unfinished.abandon_unfinished)
+  assert callable(command.unfinished.abandon_unfinished)
 
 
 def test_every_module_of_a_command_says_its_command():

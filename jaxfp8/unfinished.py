@@ -48,16 +48,15 @@ def unfinished(remove: Callable[[], None]) -> Iterator[None]:
 def abandon_unfinished() -> None:
   """Removes every unfinished file of this process, which must end now: no write can begin afterwards."""
   _registering.acquire(timeout=10)  # never released
+  _abandon_all()
+
+
+def _abandon_all() -> None:
   for abandon in list(_unfinished.values()):
     abandon()
 
 
-def _abandon_at_exit() -> None:
-  for abandon in list(_unfinished.values()):
-    abandon()
-
-
-atexit.register(_abandon_at_exit)  # an `__exit__` that Ctrl-C interrupted in its first instruction has removed nothing
+atexit.register(_abandon_all)  # an `__exit__` that Ctrl-C interrupted in its first instruction has removed nothing
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

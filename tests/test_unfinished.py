@@ -8,7 +8,8 @@ import signal
 import numpy as np
 import pytest
 
-from jaxfp8.checkpoint import export, unfinished, weights_cache
+from jaxfp8 import unfinished
+from jaxfp8.checkpoint import export, weights_cache
 from jaxfp8.checkpoint.convert import convert_checkpoint
 from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.commands import command
@@ -83,7 +84,8 @@ class TestLibrary:
 STOPPED = """
 import os, sys, time
 from absl import flags
-from jaxfp8.checkpoint import unfinished, writer
+from jaxfp8 import unfinished
+from jaxfp8.checkpoint import writer
 from jaxfp8.checkpoint.convert import convert_checkpoint
 from jaxfp8.commands import command
 
