@@ -8,8 +8,8 @@ import pytest
 
 from jaxfp8.checkpoint import readers
 from jaxfp8.checkpoint.export import config_to_hf
-from jaxfp8.checkpoint.readers.gguf_file import config_from_gguf
-from jaxfp8.checkpoint.readers.huggingface import config_from_hf
+from jaxfp8.checkpoint.readers.gguf_config import config_from_gguf
+from jaxfp8.checkpoint.readers.huggingface_config import config_from_hf
 from jaxfp8.config import LlamaConfig, RopeConfig, configs_folder
 from jaxfp8.errors import InputError
 from tests.helpers import tiny_models

@@ -49,12 +49,12 @@ def read_config(name_or_path: str | os.PathLike) -> LlamaConfig:
   if path.suffix == ".toml":
     return LlamaConfig.from_toml(path)
   if path.suffix == ".json":
-    from jaxfp8.checkpoint.readers.huggingface import config_from_file
+    from jaxfp8.checkpoint.readers.huggingface_config import config_from_file
 
     return config_from_file(path, name=path.resolve().parent.name)
   path = _locate(path)
   if path.is_dir():
-    from jaxfp8.checkpoint.readers.huggingface import read_folder_config
+    from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config
 
     return read_folder_config(path)
   from jaxfp8.checkpoint.readers.gguf_file import read_gguf_config

@@ -8,15 +8,16 @@ Where the headers of the tensors and the config disagree, the headers are right.
 """
 
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from jaxfp8.checkpoint.readers import dialects
+from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config
+from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, read_tokenizer
+from jaxfp8.checkpoint.readers.json_file import read_json
 from jaxfp8.checkpoint.readers.safetensors_file import Header, read_headers, read_tensor
 from jaxfp8.checkpoint.readers.source import (
   FLOAT8,
@@ -25,15 +26,11 @@ from jaxfp8.checkpoint.readers.source import (
   check_tensors,
   expand_scale,
   expected_tensors,
-  read_text,
 )
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.config import ROPE_TYPES, LlamaConfig, RopeConfig, refuse_model
 from jaxfp8.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class HuggingFaceSource(Source):
@@ -119,152 +116,8 @@ class HuggingFaceSource(Source):
 
 def folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files whose content determines weights, config and tokenizer. Parses only the index."""
-  beside = ("config.json", "generation_config.json", "hf_quant_config.json", _INDEX, *_TEXT_FILES)
+  beside = ("config.json", "generation_config.json", "hf_quant_config.json", _INDEX, *TEXT_FILES)
   return [*(folder / name for name in beside if (folder / name).exists()), *_shard_paths(folder)]
-
-
-def read_folder_config(folder: pathlib.Path) -> LlamaConfig:
-  return config_from_file(folder / "config.json", name=folder.resolve().name)
-
-
-def config_from_file(path: pathlib.Path, name: str = "llama") -> LlamaConfig:
-  """From config.json, with the eos ids of the generation_config.json beside it (only there is Llama 3's <|eom_id|>)."""
-  hf = read_json(path)
-  beside = path.parent / "generation_config.json"
-  extra = read_json(beside).get("eos_token_id") if beside.exists() else None
-  return config_from_hf({**hf, "eos_token_id": [*_as_list(hf.get("eos_token_id")), *_as_list(extra)]}, name)
-
-
-def config_from_hf(hf: Mapping[str, Any], name: str = "llama") -> LlamaConfig:
-  """From the contents of a `config.json` (both transformers 4's and 5's names for RoPE)."""
-  _refuse_what_is_no_llama(hf)
-  try:
-    num_heads = hf["num_attention_heads"]
-    return LlamaConfig(
-      vocab_size=hf["vocab_size"],
-      d_model=hf["hidden_size"],
-      d_ff=hf["intermediate_size"],
-      num_layers=hf["num_hidden_layers"],
-      num_heads=num_heads,
-      num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-      head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-      max_context=hf.get("max_position_embeddings", 2048),
-      rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-      rope=_rope_from_hf(hf),
-      tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-      bos_id=hf.get("bos_token_id"),
-      eos_ids=tuple(dict.fromkeys(_as_list(hf.get("eos_token_id")))),
-      name=name,
-    )
-  except KeyError as error:
-    raise InputError(f"config: config.json lacks {error}. Pass a folder with the config.json of a LlamaForCausalLM.") from error
-  except (TypeError, ZeroDivisionError) as error:
-    raise InputError(
-      f"config: config.json holds a value of the wrong kind: {error}. Compare it with the published one."
-    ) from error
-
-
-def _refuse_what_is_no_llama(hf: Mapping[str, Any]) -> None:
-  if hf.get("model_type", "llama") != "llama":
-    raise refuse_model("model_type", hf["model_type"])
-  if (hf.get("architectures") or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
-    raise refuse_model("architectures", hf["architectures"])
-  for key in ("attention_bias", "mlp_bias", "sliding_window", "rope_interleaved"):
-    if hf.get(key):
-      raise refuse_model(key, hf[key])
-  if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-    raise refuse_model("hidden_act", hf["hidden_act"])
-
-
-def _rope_from_hf(hf: Mapping[str, Any]) -> RopeConfig:
-  scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-  if not isinstance(scaling, Mapping):
-    raise refuse_model("rope_scaling", scaling)
-  rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-  partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-  if partial != 1.0:
-    raise refuse_model("partial_rotary_factor", partial)
-  if rope_type not in ROPE_TYPES:
-    raise refuse_model("rope type", rope_type)
-  fields = {"theta": scaling.get("rope_theta", hf.get("rope_theta", 10000.0)), "type": rope_type}
-  names = {"factor": "factor"} if rope_type != "default" else {}
-  if rope_type == "llama3":
-    names |= {
-      "low_freq_factor": "low_freq_factor",
-      "high_freq_factor": "high_freq_factor",
-      "original_max_position_embeddings": "original_max_context",
-    }
-  for theirs, ours in names.items():
-    if theirs not in scaling:
-      raise InputError(
-        f"config: rope type {rope_type!r} needs {theirs} in config.json, and it is absent. Compare it with the published one."
-      )
-    fields[ours] = scaling[theirs]
-  return RopeConfig(**fields)
-
-
-def read_tokenizer(folder: pathlib.Path) -> TokenizerFiles:
-  """Reads every file of the tokenizer once. Raises InputError if tokenizer.json is absent or not JSON."""
-  path = folder / "tokenizer.json"
-  if not path.exists():
-    raise InputError(
-      f"readers: text needs a tokenizer, and {folder} has no tokenizer.json. Fetch it with the checkpoint, or pass token ids."
-    )
-  settings = {}
-  for name in ("special_tokens_map.json", "tokenizer_config.json"):
-    if (folder / name).exists():
-      settings |= read_json(folder / name)
-  special = {}
-  for name in _SPECIAL:
-    token = settings.get(name)
-    token = token.get("content") if isinstance(token, Mapping) else token
-    if isinstance(token, str):
-      special[name] = token
-  text, add_bos = read_text(path), settings.get("add_bos_token")
-  if not isinstance(add_bos, bool):
-    add_bos = _post_processor_adds(_parse_json(text, path).get("post_processor"), special.get("bos_token"))
-  return TokenizerFiles(text, _chat_template(folder, settings), special, add_bos)
-
-
-def _chat_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> str | None:
-  """chat_template.jinja, or else the text or the list of named texts in tokenizer_config.json."""
-  if (folder / "chat_template.jinja").exists():
-    return read_text(folder / "chat_template.jinja")
-  template = settings.get("chat_template")
-  if isinstance(template, list):
-    named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-    template = named.get("default")
-  return template if isinstance(template, str) else None
-
-
-def _post_processor_adds(processor: Any, bos: str | None) -> bool:
-  """Whether a tokenizer.json puts `bos` before the text: the first piece of a TemplateProcessing, perhaps in a Sequence."""
-  if not isinstance(processor, Mapping) or bos is None:
-    return False
-  if processor.get("type") == "Sequence":
-    return any(_post_processor_adds(inner, bos) for inner in _as_list(processor.get("processors")))
-  first = next(iter(_as_list(processor.get("single"))), None)
-  special = first.get("SpecialToken") if isinstance(first, Mapping) else None
-  return isinstance(special, Mapping) and special.get("id") == bos
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Raises InputError unless the file is a JSON object."""
-  return _parse_json(read_text(path), path)
-
-
-def _parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
-  try:
-    value = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise InputError(f"readers: {path} is not valid JSON: {error}. Fetch the file again.") from error
-  if not isinstance(value, dict):
-    raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
-  return value
-
-
-def _as_list(value: Any) -> list[Any]:
-  return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -1,0 +1,28 @@
+"""Reads the JSON files of a checkpoint. Refuses to know what their fields mean."""
+
+import json
+import pathlib
+from typing import Any
+
+from jaxfp8.checkpoint.readers.source import read_text
+from jaxfp8.errors import InputError
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Raises InputError unless the file is a JSON object."""
+  return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f"readers: {path} is not valid JSON: {error}. Fetch the file again.") from error
+  if not isinstance(value, dict):
+    raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
+  return value
+
+
+def as_list(value: Any) -> list[Any]:
+  """A list as it is, nothing for None, and one entry for any other value."""
+  return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
