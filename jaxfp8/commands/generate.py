@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -49,7 +50,8 @@ _sampling_flags(
 )
 _sampling_flags(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the logit of every token of the answer.")
 _sampling_flags(flags.DEFINE_integer, "seed", 0, "Seed of the sampling; equal seeds give equal text.")
-_sampling_flags(flags.DEFINE_multi_string, "stop", [], "End an answer before this string. Repeatable.")
+_sampling_flags(flags.DEFINE_multi_string, "stop", [], "End an answer before this string or special token. Repeatable.")
+_sampling_flags(flags.DEFINE_list, "stop_token_ids", [], "End an answer at these tokens: ids with commas between them.")
 
 _precision = Topic("Precision", FLAGS)
 _precision(
@@ -202,7 +204,17 @@ def _sampling():
     seed=FLAGS.seed,
     max_new_tokens=FLAGS.max_new_tokens,
     stop=tuple(FLAGS.stop),
+    stop_token_ids=_stop_token_ids(),
   )
+
+
+def _stop_token_ids() -> tuple[int, ...]:
+  if not all(re.fullmatch(r"\s*[0-9]{1,18}\s*", text) for text in FLAGS.stop_token_ids):
+    raise InputError(
+      f"generate: --stop_token_ids must be whole numbers with commas between them; got {','.join(FLAGS.stop_token_ids)!r}. "
+      "Write --stop_token_ids=2,107 for the ids 2 and 107."
+    )
+  return tuple(int(text) for text in FLAGS.stop_token_ids)
 
 
 def _load_options():
@@ -218,6 +230,7 @@ def _load_options():
     data=FLAGS.data,
     implementation=FLAGS.implementation,
     cache_dir=FLAGS.cache_dir,
+    stop_token_ids=_stop_token_ids(),
   )
 
 

@@ -37,8 +37,10 @@ class SamplingParams:
   presence_penalty: -2 .. 2. Subtracted once if the token occurs in the answer. Penalties act first, on greedy choices too.
   top_k: 0 keeps all. top_p in (0, 1]; min_p in [0, 1).
   seed: 0 .. 2^32 - 1. max_new_tokens: at least 1.
-  stop_token_ids: tokens that end the text, besides the model's EOS ids unless ignore_eos; the token is not part of the text.
-  stop: strings that end the text; the first such string and all text after it are dropped.
+  stop_token_ids: tokens that end the text, besides the end tokens of model and tokenizer unless ignore_eos; the token is not
+    part of the text.
+  stop: strings that end the text; the first such string and all text after it are dropped. A string that is one special token
+    of the tokenizer, such as "<|eot_id|>", ends the text at that token too, although special tokens have no text.
   logprobs: the number of most probable tokens to report beside the chosen one; None reports no log-probabilities.
 
   Raises InputError, naming the option and its rule, for values outside of these ranges.
@@ -66,7 +68,8 @@ class SamplingParams:
       ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
       ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-      ("stop", all(self.stop), "strings that are not empty"),
+      ("stop", _all(self.stop, lambda s: isinstance(s, str) and s), "strings that are not empty, in a tuple"),
+      ("stop_token_ids", _all(self.stop_token_ids, _is_token_id), "token ids, in a tuple"),
       ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
       ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
       ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
@@ -75,6 +78,14 @@ class SamplingParams:
     for name, holds, rule in rules:
       if not holds:
         raise InputError(f"sampling: {name} must be {rule}; got {getattr(self, name)!r}.")
+
+
+def _all(values: Any, holds: Callable[[Any], Any]) -> bool:
+  return isinstance(values, (tuple, list)) and all(map(holds, values))
+
+
+def _is_token_id(value: Any) -> bool:
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 0
 
 
 @flax.struct.dataclass

@@ -88,6 +88,11 @@ class Engine:
     self.state: State = self.steps.init_state()
     self.stats = Stats()
 
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The tokens that end a text: those of the model's config, and the tokenizer's EOS, which may be another one."""
+    return (*self.config.eos_ids, *(self.tokenizer.end_ids if self.tokenizer else ()))
+
   def compile(self) -> None:
     """Compiles every program that this engine can need, so that none is compiled while generating."""
     for size in self.limits.prefill_sizes:
@@ -139,6 +144,11 @@ class Engine:
       prompt = self.encode(request.prompt)
       if request.params.stop and self.tokenizer is None:
         raise InputError("engine: stop strings need a tokenizer, and this checkpoint has none. Pass stop_token_ids.")
+      if any(token >= self.config.vocab_size for token in request.params.stop_token_ids):
+        raise InputError(
+          f"engine: stop_token_ids must be between 0 and {self.config.vocab_size - 1}, the ids of this model's tokens; "
+          f"got {list(request.params.stop_token_ids)}."
+        )
       if (request.params.logprobs or 0) > limits.num_logprobs:
         raise InputError(
           f"engine: logprobs must be at most this engine's {limits.num_logprobs}; got {request.params.logprobs}. "
@@ -146,7 +156,7 @@ class Engine:
         )
       room = min(self.config.max_context, limits.max_pages * limits.page_size) - len(prompt)
       sequence = scheduler.add(index, prompt, min(request.params.max_new_tokens, room))
-      outputs[sequence] = OutputCollector(index, len(prompt), request.params, self.config.eos_ids, self.tokenizer)
+      outputs[sequence] = OutputCollector(index, len(prompt), request.params, self.end_ids, self.tokenizer)
     return scheduler, outputs
 
   def encode(self, prompt: str | Seq[int]) -> list[int]:

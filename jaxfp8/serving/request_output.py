@@ -55,6 +55,8 @@ class OutputCollector:
   ):
     self.request_id, self.num_prompt, self.params = request_id, num_prompt, params
     self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+    if tokenizer:  # a special token has no text in which its string could be found
+      self._stop_ids |= {token for stop in params.stop if (token := tokenizer.special_id(stop)) is not None}
     self._stream = tokenizer.stream() if tokenizer else None
     self._stops = StopStrings(params.stop)
     self._tokens: list[int] = []

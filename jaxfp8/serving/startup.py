@@ -24,6 +24,7 @@ from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint, fingerprint
+from jaxfp8.config import LlamaConfig
 from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
@@ -49,6 +50,7 @@ class LoadOptions:
   activations: a field of the recipe, or "auto".
   cache_dir: the folder that keeps converted weights; "" converts in memory.
   needs_tokenizer: refuse a source without a tokenizer before it is converted.
+  stop_token_ids: ids that the requests will name; refuse a model without them, before it is converted.
   """
 
   checkpoint: str | None = None
@@ -61,6 +63,7 @@ class LoadOptions:
   implementation: str = "auto"
   cache_dir: str = ""
   needs_tokenizer: bool = True
+  stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,7 @@ def open_model(options: LoadOptions, progress: Progress) -> LoadedModel:
   require_implementation(options.implementation)
   require_devices(options.tensor * options.data)
   checkpoint, recipe = _open(options, progress)
+  _check_stop_token_ids(checkpoint.config, options)
   if processes.count() > 1:
     processes.require_same({"checkpoint": fingerprint(checkpoint), "recipe": dataclasses.asdict(recipe)})
   mesh = make_mesh(checkpoint.config, options.tensor, options.data)
@@ -140,8 +144,17 @@ def _convert_in_child(path: pathlib.Path, recipe: Recipe, options: LoadOptions) 
 def _check_source(source: Source, options: LoadOptions) -> None:
   """Raises before the conversion the InputErrors that would be raised after it."""
   make_mesh(source.config, options.tensor, options.data)
+  _check_stop_token_ids(source.config, options)
   if options.needs_tokenizer:
     Tokenizer(source.tokenizer)
+
+
+def _check_stop_token_ids(config: LlamaConfig, options: LoadOptions) -> None:
+  if (greatest := max(options.stop_token_ids, default=0)) >= config.vocab_size:
+    raise InputError(
+      f"generate: --stop_token_ids must be between 0 and {config.vocab_size - 1}, the ids of this model's tokens; "
+      f"got {greatest}. Leave that id out."
+    )
 
 
 def require_implementation(name: str) -> None:

@@ -31,8 +31,9 @@ class Tokenizer:
       raise InputError(f"tokenizer: tokenizer.json cannot be read: {error}. Fetch it again with the checkpoint.") from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self.bos_id = self._special_id("bos_token")
-    self.eos_id = self._special_id("eos_token")
+    self.bos_id = self._named_id("bos_token")
+    self.eos_id = self._named_id("eos_token")
+    self._special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
 
   @classmethod
@@ -54,6 +55,15 @@ class Tokenizer:
   @property
   def has_chat_template(self) -> bool:
     return self._template is not None
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The ids that end a text: EOS, if the tokenizer names one."""
+    return () if self.eos_id is None else (self.eos_id,)
+
+  def special_id(self, text: str) -> int | None:
+    """The id of the special token that is written exactly so, or None."""
+    return self._special_ids.get(text)
 
   def encode(self, text: str) -> list[int]:
     """The ids of a raw prompt, with one leading BOS if the model wants BOS. Recognizes special tokens written in the text.
@@ -97,7 +107,7 @@ class Tokenizer:
       raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-  def _special_id(self, name: str) -> int | None:
+  def _named_id(self, name: str) -> int | None:
     text = self._files.special_tokens.get(name)
     try:
       return None if text is None else self._tokenizer.token_to_id(text)

@@ -128,6 +128,26 @@ def test_stop_strings(run):
   assert run("--prompt", "x", "--stop", "zz", "--stop", "世").out == "aéω\n"
 
 
+def test_stop_token_ids(run):
+  assert run("--prompt", "x", "--stop_token_ids", f"200, {'ω'.encode()[0]}").out == "aé\n"
+
+
+def test_the_tokenizers_eos_ends_an_answer_whatever_config_json_says(run, tmp_path):
+  folder = commands.write_chain(tmp_path / "chain", max_context=128)
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 256}))
+  assert run("--checkpoint", folder, "--prompt", "x").out == CHAIN + "\n"
+
+
+def test_a_stop_string_that_is_a_special_token_stops_at_its_id(run, tmp_path):
+  folder = commands.write_chain(tmp_path / "chain", max_context=128)
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 256}))
+  (folder / "tokenizer_config.json").write_text("{}")
+  assert run("--checkpoint", folder, "--prompt", "x").out.startswith(CHAIN + CHAIN[0])
+  assert run("--checkpoint", folder, "--prompt", "x", "--stop", "</s>").out == CHAIN + "\n"
+
+
 def test_max_new_tokens(run):
   ran = run("--prompt", "x", "--max_new_tokens", "3", "--json")
   (completion,) = json.loads(ran.out)["completions"]

@@ -70,6 +70,15 @@ FLAGS = {
   "raw with a system message": (["--prompt", "x", "--raw", "--system", "be"], r"--system is part of a chat"),
   "interactive with a prompt": (["--prompt", "x", "--interactive"], r"--interactive reads prompts from the terminal"),
   "interactive JSON": (["--interactive", "--json"], r"Leave out .*--json"),
+  "stop ids that are no numbers": (
+    ["--prompt", "x", "--stop_token_ids", "2,</s>"],
+    r"--stop_token_ids must be .*; got '2,</s>'",
+  ),
+  "a stop id below 0": (["--prompt", "x", "--stop_token_ids", "-1"], r"--stop_token_ids must be whole numbers.*; got '-1'"),
+  "a stop id beyond the vocabulary": (
+    ["--prompt", "x", "--stop_token_ids", "2,259"],
+    r"--stop_token_ids must be between 0 and 258.*; got 259",
+  ),
   "unknown flag": (
     ["--prompt", "x", "--temprature", "1"],
     r"Unknown command line flag 'temprature'. Did you mean: temperature",

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfp8.checkpoint.readers.gguf_special import end_ids
 from jaxfp8.config import LlamaConfig, RopeConfig, refuse_model
 from jaxfp8.errors import InputError
 
@@ -19,7 +20,6 @@ def config_from_gguf(metadata: Mapping[str, Any], *, has_output: bool, rope_fact
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
       if metadata.get(key, head_dim) != head_dim:
         raise refuse_model(f"{key} other than the head size {head_dim}, here", metadata[key])
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return LlamaConfig(
       vocab_size=metadata["llama.vocab_size"] if "llama.vocab_size" in metadata else len(metadata["tokenizer.ggml.tokens"]),
       d_model=d_model,
@@ -34,7 +34,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, has_output: bool, rope_fact
       rope=_rope_from_gguf(metadata, head_dim, rope_factors),
       tied_embeddings=not has_output,
       bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-      eos_ids=tuple(dict.fromkeys(token for token in ends if token is not None)),
+      eos_ids=end_ids(metadata),
       name=str(metadata.get("general.name", "llama")),
     )
   except KeyError as error:

@@ -12,11 +12,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxfp8.checkpoint.readers.gguf_special import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_types
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
-
-# Values of tokenizer.ggml.token_type.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -105,9 +103,9 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
   """Llama 2's tokenizer as Hugging Face converts it: spaces are written U+2581, and unknown characters fall back to bytes."""
   tokens = metadata["tokenizer.ggml.tokens"]
-  types = metadata["tokenizer.ggml.token_type"]
+  types = token_types(metadata)
   prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-  unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
+  unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN]
   model = {
     "type": "BPE",
     "dropout": None,
@@ -115,7 +113,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
     "continuing_subword_prefix": None,
     "end_of_word_suffix": None,
     "fuse_unk": True,
-    "byte_fallback": _BYTE in types,
+    "byte_fallback": BYTE in types,
     "ignore_merges": False,
     "vocab": _vocab(tokens),
     "merges": merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
@@ -135,7 +133,7 @@ def merges_from_scores(tokens: Sequence[str], types: Sequence[int], scores: Sequ
 
   Every way to cut a piece in two pieces is a merge; equal scores go by length and by id, as in Hugging Face's converter.
   """
-  pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _NORMAL}
+  pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
   merges = []
   for piece, i in pieces.items():
     for cut in range(1, len(piece)):
@@ -155,7 +153,7 @@ def _vocab(tokens: Sequence[str]) -> dict[str, int]:
 def _document(metadata: Mapping[str, Any], model: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
   """No post-processor: BOS is the Tokenizer's business (TokenizerFiles.add_bos)."""
   tokens = metadata["tokenizer.ggml.tokens"]
-  types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+  types = token_types(metadata)
   added = [
     {
       "id": i,
@@ -164,10 +162,10 @@ def _document(metadata: Mapping[str, Any], model: dict[str, Any], decoder: dict[
       "lstrip": False,
       "rstrip": False,
       "normalized": False,
-      "special": kind != _USER_DEFINED,
+      "special": kind != USER_DEFINED,
     }
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-    if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
+    if kind in (CONTROL, USER_DEFINED, UNKNOWN)
   ]
   return {
     "version": "1.0",

@@ -7,7 +7,8 @@
 Where the headers of the tensors and the config disagree, the headers are right.
 """
 
-import functools
+import contextlib
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxfp8.checkpoint.readers import dialects
 from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config
-from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, read_tokenizer
+from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, FolderTokenizer
 from jaxfp8.checkpoint.readers.json_file import read_json
 from jaxfp8.checkpoint.readers.safetensors_file import Header, read_headers, read_tensor
 from jaxfp8.checkpoint.readers.source import (
@@ -28,6 +29,7 @@ from jaxfp8.checkpoint.readers.source import (
   expected_tensors,
 )
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
+from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
@@ -38,7 +40,8 @@ class HuggingFaceSource(Source):
 
   def __init__(self, folder: pathlib.Path):
     self.path = folder
-    self.config = read_folder_config(folder)
+    self._tokenizer = FolderTokenizer(folder)
+    self.config = self._with_end_ids(read_folder_config(folder))
     self._headers: dict[str, Header] = {}
     for path in _shard_paths(folder):
       self._add_headers(path)
@@ -52,6 +55,13 @@ class HuggingFaceSource(Source):
     shapes = {name: header.shape for name, header in self._headers.items()}
     quantized = {f"{module}.weight" for module in self._scheme.weights}
     check_tensors(folder, self.config, shapes, {name: h.dtype for name, h in self._headers.items()}, quantized)
+
+  def _with_end_ids(self, config: LlamaConfig) -> LlamaConfig:
+    """Adds the EOS token of the tokenizer, which may be another one than that of config.json."""
+    with contextlib.suppress(InputError):  # a broken tokenizer is reported when text needs it
+      ids = (token for token in self._tokenizer.end_ids() if token < config.vocab_size)
+      return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *ids))))
+    return config
 
   def _add_headers(self, path: pathlib.Path) -> None:
     for name, header in read_headers(path).items():
@@ -106,9 +116,9 @@ class HuggingFaceSource(Source):
       )
     return np.broadcast_to(array, (size,)).copy() if size > 1 or name.endswith(("k_scale", "v_scale")) else array.reshape(())
 
-  @functools.cached_property
+  @property
   def tokenizer(self) -> TokenizerFiles:
-    return read_tokenizer(self.path)
+    return self._tokenizer.files
 
   def files(self) -> list[pathlib.Path]:
     return folder_files(self.path)

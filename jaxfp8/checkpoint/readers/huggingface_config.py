@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfp8.checkpoint.readers.json_file import as_list, read_json
+from jaxfp8.checkpoint.readers.json_file import as_list, read_json, token_ids
 from jaxfp8.config import ROPE_TYPES, LlamaConfig, RopeConfig, refuse_model
 from jaxfp8.errors import InputError
 
@@ -17,8 +17,10 @@ def config_from_file(path: pathlib.Path, name: str = "llama") -> LlamaConfig:
   """From config.json, with the eos ids of the generation_config.json beside it (only there is Llama 3's <|eom_id|>)."""
   hf = read_json(path)
   beside = path.parent / "generation_config.json"
-  extra = read_json(beside).get("eos_token_id") if beside.exists() else None
-  return config_from_hf({**hf, "eos_token_id": [*as_list(hf.get("eos_token_id")), *as_list(extra)]}, name)
+  ends = token_ids(hf, "eos_token_id", path)
+  if beside.exists():
+    ends += token_ids(read_json(beside), "eos_token_id", beside)
+  return config_from_hf({**hf, "eos_token_id": list(ends)}, name)
 
 
 def config_from_hf(hf: Mapping[str, Any], name: str = "llama") -> LlamaConfig:

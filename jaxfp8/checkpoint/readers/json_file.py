@@ -1,7 +1,8 @@
-"""Reads the JSON files of a checkpoint. Refuses to know what their fields mean."""
+"""Reads the JSON files of a checkpoint, and the token ids in them. Refuses to know what other fields mean."""
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from jaxfp8.checkpoint.readers.source import read_text
@@ -21,6 +22,21 @@ def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
   return value
+
+
+def token_ids(fields: Mapping[str, Any], name: str, path: pathlib.Path) -> tuple[int, ...]:
+  """The ids in `fields[name]`, each once: none for null or an absent field, one for a number, or those of a list of numbers.
+
+  Raises InputError, naming field and file, for any other value.
+  """
+  ids = as_list(fields.get(name))
+  for token in ids:
+    if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+      raise InputError(
+        f"config: {name} in {path} must be a token id, a whole number, or a list of ids; got {fields[name]!r}. "
+        "Compare the file with the published one."
+      )
+  return tuple(dict.fromkeys(ids))
 
 
 def as_list(value: Any) -> list[Any]:
