@@ -25,7 +25,10 @@ _NAMES = {
 
 
 def write_gguf(path: pathlib.Path, config, weights, kind: _Type, *, extra=None, metadata=None) -> pathlib.Path:
-  """Norms stay F32, as always in GGUF. For K-quants, which the package cannot make, the matrices are random blocks instead."""
+  """Norms stay F32, as always in GGUF. For K-quants, which the package cannot make, the matrices are random blocks instead.
+
+  extra: more tensors by their GGUF names, as arrays, or as (rows of blocks, type).
+  """
   writer = gguf.GGUFWriter(path, "llama")
   writer.add_name(config.name)
   writer.add_vocab_size(config.vocab_size)
@@ -53,7 +56,10 @@ def write_gguf(path: pathlib.Path, config, weights, kind: _Type, *, extra=None, 
       weight = permute(weight, config.num_heads if "q_proj" in name else config.num_kv_heads)
     _add(writer, gguf_name(name), weight, _Type.F32 if weight.ndim == 1 else kind)
   for name, weight in (extra or {}).items():
-    writer.add_tensor(name, weight)
+    if isinstance(weight, tuple):
+      writer.add_tensor(name, weight[0], raw_dtype=weight[1])
+    else:
+      writer.add_tensor(name, weight)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

@@ -7,7 +7,6 @@ maps the file, whose pages would stay resident until a 70 GB conversion has all 
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import struct
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from jaxfp8.checkpoint.readers.file_bytes import read_bytes
 from jaxfp8.checkpoint.readers.source import FLOAT8
 from jaxfp8.errors import InputError
 
@@ -64,15 +64,4 @@ def read_headers(path: pathlib.Path) -> dict[str, Header]:
 
 def read_tensor(name: str, header: Header) -> np.ndarray:
   """A new, writable array. Raises InputError if the file has become shorter or cannot be read."""
-  data = bytearray(header.stop - header.start)
-  try:
-    with open(header.path, "rb", buffering=0) as file:
-      done, view = 0, memoryview(data)
-      while done < len(data):
-        count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], header.start + done)
-        if not count:
-          raise OSError(None, "the file ends too early")
-        done += count
-  except OSError as error:
-    raise InputError(f"readers: cannot read {name} from {header.path}: {error.strerror}. Fetch the file again.") from error
-  return np.frombuffer(data, header.dtype).reshape(header.shape)
+  return np.frombuffer(read_bytes(header.path, header.start, header.stop, name), header.dtype).reshape(header.shape)
