@@ -5,7 +5,7 @@ import math
 
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.recipe import BLOCK, Recipe
+from jaxfp8.recipe import BLOCK, LayerFormat, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,11 @@ class Padded:
   d_ff: int
 
   @classmethod
-  def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape) -> "Padded":
-    unit = shape.tensor * (BLOCK if recipe.has_block_scales else 1)
+  def of(cls, config: LlamaConfig, recipe: Recipe, shape: MeshShape, layer_format: LayerFormat | None = None) -> "Padded":
+    """d_ff is that of a layer in `layer_format`; None: in the recipe's weights."""
+    mlp = (*layer_format.matrices("gate_up"), *layer_format.matrices("down")) if layer_format else ()
+    has_blocks = recipe.has_block_scales or any(matrix.has_block_scales(recipe) for matrix in mlp)
+    unit = shape.tensor * (BLOCK if has_blocks else 1)
     return cls(round_up(config.vocab_size, shape.tensor), round_up(config.d_ff, unit))
 
 

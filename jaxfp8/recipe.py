@@ -1,4 +1,4 @@
-"""Which numbers a model is stored and computed in: `Recipe`, `LayerFormat`, and the constants that the formats share.
+"""Which numbers a model is stored and computed in: `Recipe`, `LayerFormat`, `MatrixFormat`, and their constants.
 
     Recipe("fp8", "channel", "fp8_static", "fp8")   ->  .weights.dtype, .activations.is_static, .kv.dtype, ...
 
@@ -8,7 +8,7 @@ serialize as the words that flags take and manifests hold. Imports no jax; refus
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -83,7 +83,8 @@ class Recipe:
 
   weights: of the linear layers: "fp8" (e4m3fn with float32 scales), "bf16" or "f32". Embedding and head are bf16 in an fp8
     recipe (quantizing the head costs more quality than quantizing all layers).
-  granularity: the weights that share one scale: a "tensor", an output "channel" or a "block128" of 128 x 128.
+  granularity: the weights that share one scale: a "tensor", an output "channel" or a "block128" of 128 x 128. A matrix that
+    came with other scales keeps these (`LayerFormat`).
   activations: of the inputs of linear layers: "fp8" (dynamic scale per token), "fp8_static" (one stored scale per matrix, from
     calibration), "bf16" or "f32".
   kv: of the KV pages: "fp8" (scale per token and head), "fp8_static" (one stored scale per head), "bf16" or "f32".
@@ -126,23 +127,68 @@ class Recipe:
     return self.weights is Precision.FP8 and self.granularity is Granularity.BLOCK128
 
 
+class MatrixFormat(_Word):
+  """The format of one matrix: float8 with the scales of the recipe ("fp8") or with its own, "bf16" or "f32"."""
+
+  FP8 = "fp8"
+  FP8_CHANNEL = "fp8_channel"
+  FP8_BLOCK128 = "fp8_block128"
+  BF16 = "bf16"
+  F32 = "f32"
+
+  @property
+  def is_float8(self) -> bool:
+    return self in (MatrixFormat.FP8, MatrixFormat.FP8_CHANNEL, MatrixFormat.FP8_BLOCK128)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of the values."""
+    return Precision.FP8.dtype if self.is_float8 else Precision(self.value).dtype
+
+  def granularity(self, recipe: Recipe) -> Granularity | None:
+    """The weights that share one scale; None for a matrix that is not float8."""
+    if self is MatrixFormat.FP8:
+      return recipe.granularity
+    return {MatrixFormat.FP8_CHANNEL: Granularity.CHANNEL, MatrixFormat.FP8_BLOCK128: Granularity.BLOCK128}.get(self)
+
+  def has_block_scales(self, recipe: Recipe) -> bool:
+    return self.granularity(recipe) is Granularity.BLOCK128
+
+
+_PARTS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}  # stored matrices of each merged one
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class LayerFormat:
-  """The formats of one layer's four merged matrices: each "fp8" (with the recipe's granularity), "bf16" or "f32".
+  """The formats of one layer's four merged matrices: words of `MatrixFormat`.
 
-  Takes strings and holds enums. Raises InputError for other values.
+  qkv may also be three words, of q, k and v, and gate_up two. If these differ, the matrices are kept apart (`SplitLinear`).
+  Takes strings and holds enums; equal words become one word. Raises InputError for other values.
   """
 
-  qkv: Precision
-  o: Precision
-  gate_up: Precision
-  down: Precision
+  qkv: MatrixFormat | tuple[MatrixFormat, ...]
+  o: MatrixFormat | tuple[MatrixFormat, ...]
+  gate_up: MatrixFormat | tuple[MatrixFormat, ...]
+  down: MatrixFormat | tuple[MatrixFormat, ...]
 
-  def __init__(self, qkv: str, o: str, gate_up: str, down: str):
+  def __init__(self, qkv: str | Sequence[str], o: str | Sequence[str], gate_up: str | Sequence[str], down: str | Sequence[str]):
     for field, value in {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}.items():
-      object.__setattr__(self, field, _member(Precision, WEIGHT_PRECISIONS, f"the format of {field}", value))
+      words = [value] * _PARTS[field] if isinstance(value, str) else list(value)
+      if len(words) != _PARTS[field]:
+        raise InputError(f"recipe: {field} takes one format, or one for each of its {_PARTS[field]} matrices; got {value!r}.")
+      formats = tuple(_member(MatrixFormat, MatrixFormat, f"the format of {field}", word) for word in words)
+      object.__setattr__(self, field, formats[0] if len(set(formats)) == 1 else formats)
 
   @classmethod
   def uniform(cls, weights: str) -> "LayerFormat":
     """All four matrices in one format."""
     return cls(weights, weights, weights, weights)
+
+  def matrices(self, merged: str) -> tuple[MatrixFormat, ...]:
+    """The format of each stored matrix of a merged one."""
+    value = getattr(self, merged)
+    return value if isinstance(value, tuple) else (value,) * _PARTS[merged]
+
+  def is_split(self, merged: str) -> bool:
+    """Whether the stored matrices of a merged one are kept apart."""
+    return isinstance(getattr(self, merged), tuple)

@@ -61,8 +61,21 @@ def test_block_scales_are_those_of_float8_weights():
 
 def test_a_layer_format_is_of_weights():
   assert LayerFormat.uniform("bf16") == LayerFormat("bf16", "bf16", "bf16", "bf16")
-  with pytest.raises(InputError, match="the format of gate_up must be one of fp8, bf16, f32; got 'fp8_static'"):
+  with pytest.raises(
+    InputError, match="the format of gate_up must be one of fp8, fp8_channel, fp8_block128, bf16, f32; got 'fp8_static'"
+  ):
     LayerFormat("fp8", "fp8", "fp8_static", "fp8")
+
+
+def test_a_layer_format_has_a_word_for_each_matrix_that_differs():
+  layer = LayerFormat(["bf16", "fp8", "fp8_block128"], "fp8", ("fp8", "fp8"), "fp8_channel")
+  assert layer.is_split("qkv") and not layer.is_split("gate_up") and layer.gate_up == "fp8"
+  assert layer.matrices("qkv") == ("bf16", "fp8", "fp8_block128") and layer.matrices("gate_up") == ("fp8", "fp8")
+  assert LayerFormat(**json.loads(json.dumps(dataclasses.asdict(layer)))) == layer and len({layer, layer}) == 1
+  kinds = [matrix.granularity(Recipe("fp8", "tensor")) for matrix in layer.matrices("qkv")]
+  assert kinds == [None, "tensor", "block128"] and [matrix.is_float8 for matrix in layer.matrices("qkv")] == [False, True, True]
+  with pytest.raises(InputError, match=r"qkv takes one format, or one for each of its 3 matrices; got \('fp8', 'bf16'\)"):
+    LayerFormat(("fp8", "bf16"), "fp8", "fp8", "fp8")
 
 
 def test_constants_are_those_of_the_kernels():

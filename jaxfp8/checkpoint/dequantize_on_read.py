@@ -1,7 +1,7 @@
-"""Dequantizes, while they are read, float8 matrices that a model cannot hold as float8. Imports no jax.
+"""Dequantizes, while they are read, float8 matrices that a model does not hold as float8. Imports no jax.
 
-A merged array has one dtype and one kind of scales. A matrix that is stored otherwise (a manifest's `exceptions`) is multiplied
-out into the dtype of the stream, range by range, so that a process still reads only its shards.
+Such matrices (a manifest's `exceptions`: head and embedding) are multiplied out into the dtype of the stream, range by range,
+so that a process still reads only its shards.
 """
 
 from collections.abc import Iterable, Mapping

@@ -10,7 +10,7 @@ describes the arrays of a checkpoint. Numpy only, no I/O: device_arrays.py reads
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,9 +29,9 @@ from jaxfp8.checkpoint.stored_arrays import (
 )
 from jaxfp8.config import LlamaConfig
 from jaxfp8.model.fp8 import QArray
-from jaxfp8.model.layers import DecoderLayer, Linear
+from jaxfp8.model.layers import DecoderLayer, Linear, SplitLinear
 from jaxfp8.model.llama import Llama
-from jaxfp8.recipe import BLOCK, Granularity, Precision
+from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, MatrixFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +77,39 @@ def model_parts(model: Llama) -> Iterator[Part]:
       keys = tuple((weight_key(layer, norm, "D"),) for layer in layers)
       weight = getattr(segment, name).weight
       yield Part(weight, (Leaf(weight.get_value(), keys, True, 0, np.arange(model.config.d_model)),))
-    for merged in MERGED_MATRICES:
-      weight, precision = merged_linear(segment, merged).weight, getattr(layer_format, merged)
-      yield _stacked(model, weight, merged, layers, precision=precision, specs=specs[1 + start])
+    for linear in segment_linears(segment, layer_format):
+      yield _stacked(model, linear, layers, specs[1 + start])
   final = model.final_norm.weight
   yield Part(final, (Leaf(final.get_value(), ((FINAL_NORM,),), False, 0, np.arange(model.config.d_model)),))
   if not model.config.tied_embeddings:
     yield _table(model, model.head.weight, HEAD)
 
 
-def merged_linear(segment: DecoderLayer, merged: str) -> Linear:
+class SegmentLinear(NamedTuple):
+  """A linear of a layer, or of a segment of stacked layers.
+
+  merged: the one of MERGED_MATRICES that it is, or is a part of. matrices: the stored matrices that it holds, with the letters
+  of their axes.
+  """
+
+  merged: str
+  matrices: Mapping[str, str]
+  format: MatrixFormat
+  module: Linear
+
+
+def segment_linears(segment: DecoderLayer, layer_format: LayerFormat) -> Iterator[SegmentLinear]:
+  """All linears of a layer, or of a segment of stacked layers, in the order of the computation."""
+  for merged, matrices in MERGED_MATRICES.items():
+    module, formats = merged_linear(segment, merged), layer_format.matrices(merged)
+    if isinstance(module, Linear):
+      yield SegmentLinear(merged, matrices, formats[0], module)
+      continue
+    for (name, letters), matrix, part in zip(matrices.items(), formats, module.parts, strict=True):
+      yield SegmentLinear(merged, {name: letters}, matrix, part)
+
+
+def merged_linear(segment: DecoderLayer, merged: str) -> Linear | SplitLinear:
   """The module of one of MERGED_MATRICES in a layer, or in a segment of stacked layers."""
   return getattr(segment.attention if merged in ("qkv", "o") else segment.mlp, merged)
 
@@ -97,13 +120,11 @@ def _table(model: Llama, weight: nnx.Param, key: str) -> Part:
   return Part(weight, (Leaf(target, ((key,),), False, 0, rows),))
 
 
-def _stacked(
-  model: Llama, weight: nnx.Param, merged: str, layers: range, *, precision: Precision, specs: Mapping[str, ArraySpec]
-) -> Part:
-  """The part of one merged matrix over the layers of a segment; `specs` describes the stored arrays of the first layer."""
-  value, granularity = weight.get_value(), model.recipe.granularity
-  matrices = MERGED_MATRICES[merged].items()
-  axis = 1 if merged in ("o", "down") else 0
+def _stacked(model: Llama, linear: SegmentLinear, layers: range, specs: Mapping[str, ArraySpec]) -> Part:
+  """The part of one linear over the layers of a segment; `specs` describes the stored arrays of the first layer."""
+  weight, matrices = linear.module.weight, linear.matrices.items()
+  value, granularity = weight.get_value(), linear.format.granularity(model.recipe)
+  axis = 1 if linear.merged in ("o", "down") else 0
 
   def keys_of(key: Callable[..., str], *more) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(key(layer, *matrix, *more) for matrix in matrices) for layer in layers)
@@ -112,21 +133,21 @@ def _stacked(
     return [specs[key].shape[along] for key in keys[0]]
 
   keys = keys_of(weight_key)
-  matrix = value.qvalue if precision == Precision.FP8 else value
-  leaf = Leaf(matrix, keys, True, axis, _sources(model, merged, matrix.shape[1:], sizes(keys, axis), axis))
-  if precision != Precision.FP8:
+  matrix = value.qvalue if granularity else value
+  leaf = Leaf(matrix, keys, True, axis, _sources(model, linear, matrix.shape[1:], sizes(keys, axis), axis))
+  if granularity is None:
     return Part(weight, (leaf,))
   keys, scale = keys_of(scale_key, granularity), value.scale
   if granularity != Granularity.BLOCK128:
-    rows = np.arange(scale.shape[1]) if axis else _sources(model, merged, (*scale.shape[1:], 1), sizes(keys, 0), 0)
+    rows = np.arange(scale.shape[1]) if axis else _sources(model, linear, (*scale.shape[1:], 1), sizes(keys, 0), 0)
     return Part(weight, (leaf, Leaf(scale, keys, True, 0, rows, filler=1)))
   unit = math.gcd(BLOCK, matrix.shape[-2])  # rows of the merged matrix that share a row of scales
   if axis:
-    columns = _sources(model, merged, scale.shape[1:], sizes(keys, 1), 1)
+    columns = _sources(model, linear, scale.shape[1:], sizes(keys, 1), 1)
     return Part(weight, (leaf, Leaf(scale, keys, True, 1, columns, filler=1, repeat=BLOCK // unit)))
-  num_rows = [size // unit for size in _output_rows(model, merged)]
+  num_rows = [size // unit for size in _output_rows(model.config, linear)]
   numbers = [np.repeat(rows, BLOCK // unit)[:size] for rows, size in zip(_numbered(sizes(keys, 0)), num_rows, strict=True)]
-  blocks = _MERGE[merged](model, numbers, scale.shape[1:-1], -1)
+  blocks = _merge(model, linear, numbers, scale.shape[1:-1])
   return Part(weight, (leaf, Leaf(scale, keys, True, 0, blocks, filler=1)))
 
 
@@ -135,64 +156,52 @@ def _numbered(sizes: Sequence[int]) -> list[np.ndarray]:
   return [matrix * STRIDE + np.arange(size) for matrix, size in enumerate(sizes)]
 
 
-def _sources(model: Llama, merged: str, shape: tuple[int, ...], sizes: Sequence[int], axis: int) -> np.ndarray:
-  """`Leaf.sources` of a merged array whose layers have this shape: the numbers of its rows or columns, merged like them."""
-  numbers = _numbered(sizes)
-  if axis:
-    return _MERGE[merged](model, [columns[None] for columns in numbers], (1, shape[-1]), -1)[0]
-  return _MERGE[merged](model, numbers, shape[:-1], -1)
+def _sources(model: Llama, linear: SegmentLinear, shape: tuple[int, ...], sizes: Sequence[int], axis: int) -> np.ndarray:
+  """`Leaf.sources` of an array whose layers have this shape: the numbers of its rows or columns, merged like them."""
+  return _merge(model, linear, _numbered(sizes), (shape[-1],) if axis else shape[:-1])
 
 
-def _output_rows(model: Llama, merged: str) -> list[int]:
+def _output_rows(c: LlamaConfig, linear: SegmentLinear) -> list[int]:
   """Rows of each stored matrix of qkv or gate_up, F rounded up to whole blocks."""
-  c = model.config
-  if merged == "qkv":
-    return [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
-  return [-(-c.d_ff // BLOCK) * BLOCK] * 2
+  sizes = {"NH": c.num_heads * c.head_dim, "KH": c.num_kv_heads * c.head_dim, "F": -(-c.d_ff // BLOCK) * BLOCK}
+  return [sizes[letters.split(",")[0]] for letters in linear.matrices.values()]
 
 
-def _merge_qkv(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
-  """q, k, v with rows (head, row in head) -> [kv * group * K_local, G / group + 2, rows in head, ...]."""
-  K, mesh = model.config.num_kv_heads, model.shape
-  q, k, v = matrices
-  per_head = k.shape[0] // K
-  q = q.reshape(K, mesh.group, -1, per_head, *q.shape[1:])
-  k, v = (
-    np.broadcast_to(m.reshape(K, 1, 1, per_head, *m.shape[1:]), (K, mesh.group, 1, per_head, *m.shape[1:])) for m in (k, v)
-  )
-  merged = np.concatenate([q, k, v], axis=2)
+def _merge(model: Llama, linear: SegmentLinear, matrices: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+  """The numbers of the rows (or columns) of stored matrices in the order of the linear, -1 for padding."""
+  if linear.merged == "qkv":
+    return _merge_heads(model, dict(zip(linear.matrices, matrices, strict=True)), shape)
+  if linear.merged == "gate_up":
+    return np.stack([_pad(matrix, shape[1], filler=-1) for matrix in matrices])
+  if linear.merged == "o":
+    return _order_heads(model, matrices[0], shape)
+  return _pad(matrices[0], shape[-1], filler=-1)
+
+
+def _merge_heads(model: Llama, matrices: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+  """q, k, v (or one of them) with rows (head, row in head) -> [kv * group * K_local, G / group + 2, rows in head]."""
+  K, mesh, heads = model.config.num_kv_heads, model.shape, []
+  for name, rows in matrices.items():
+    if name.endswith("q_proj"):
+      heads.append(rows.reshape(K, mesh.group, model.config.group_size // mesh.group, -1))
+    else:
+      heads.append(np.broadcast_to(rows.reshape(K, 1, 1, -1), (K, mesh.group, 1, len(rows) // K)))
+  merged = np.concatenate(heads, axis=2)
   by_device = merged.reshape(mesh.kv, K // mesh.kv, mesh.group, *merged.shape[2:]).swapaxes(1, 2)
   return by_device.reshape(shape)
 
 
-def _merge_o(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
+def _order_heads(model: Llama, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Columns in the order in which devices hold query heads: (kv, group, its KV head, its query head, row in head)."""
-  (o,) = matrices
   K, mesh = model.config.num_kv_heads, model.shape
   if mesh.group == 1:  # heads in their own order
-    return o
-  return o.reshape(len(o), mesh.kv, K // mesh.kv, mesh.group, -1).swapaxes(2, 3).reshape(shape)
+    return columns
+  return columns.reshape(mesh.kv, K // mesh.kv, mesh.group, -1).swapaxes(1, 2).reshape(shape)
 
 
-def _merge_gate_up(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
-  return np.stack([_pad(matrix, shape[1], filler=filler) for matrix in matrices])
-
-
-def _merge_one(model: Llama, matrices: list[np.ndarray], shape, filler) -> np.ndarray:
-  (matrix,) = matrices
-  return _pad(matrix, shape[-1], axis=matrix.ndim - 1, filler=filler)
-
-
-_MERGE = {"qkv": _merge_qkv, "o": _merge_o, "gate_up": _merge_gate_up, "down": _merge_one}
-
-
-def _pad(array: np.ndarray, size: int, axis: int = 0, filler: float = 0) -> np.ndarray:
-  """`array` with `filler` behind it along `axis`; padded weights are 0 and padded scales 1."""
-  missing = size - array.shape[axis]
-  if not missing:
-    return array
-  shape = (*array.shape[:axis], missing, *array.shape[axis + 1 :])
-  return np.concatenate([array, np.full(shape, filler, array.dtype)], axis=axis)
+def _pad(array: np.ndarray, size: int, filler: float) -> np.ndarray:
+  """`array` with `filler` behind it: `size` rows."""
+  return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), filler, array.dtype)])
 
 
 def unmerge_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
@@ -203,31 +212,31 @@ def unmerge_layer(model: Llama, layer: int) -> dict[str, np.ndarray]:
   segment, arrays = model.segments[index], {}
   for name, norm in NORMS.items():
     arrays[weight_key(layer, norm, "D")] = np.asarray(getattr(segment, name).weight.get_value()[layer - start])
-  for merged, matrices in MERGED_MATRICES.items():
-    weight = merged_linear(segment, merged).weight.get_value()
-    value: Any = jax.tree.map(lambda leaf: np.asarray(leaf[layer - start]), weight)
-    quantized = getattr(layer_format, merged) == Precision.FP8
-    weights = _unmerge(model.config, merged, value.qvalue if quantized else value)
-    scales = _unmerge_scales(model, merged, value) if quantized else [None] * len(weights)
-    for (matrix, letters), weight, scale in zip(matrices.items(), weights, scales, strict=True):
+  for linear in segment_linears(segment, layer_format):
+    value: Any = jax.tree.map(lambda leaf: np.asarray(leaf[layer - start]), linear.module.weight.get_value())
+    granularity = linear.format.granularity(model.recipe)
+    weights = _unmerge(model.config, linear, value.qvalue if granularity else value)
+    scales = _unmerge_scales(model.config, linear, value, granularity) if granularity else [None] * len(weights)
+    for (matrix, letters), weight, scale in zip(linear.matrices.items(), weights, scales, strict=True):
       arrays[weight_key(layer, matrix, letters)] = weight
-      if scale is not None:
-        arrays[scale_key(layer, matrix, letters, model.recipe.granularity)] = scale
+      if scale is not None and granularity:
+        arrays[scale_key(layer, matrix, letters, granularity)] = scale
   return arrays
 
 
-def _unmerge_scales(model: Llama, merged: str, value: QArray) -> list[np.ndarray]:
-  scales = _unmerge(model.config, merged, np.asarray(value.scale))
-  if model.recipe.granularity != Granularity.BLOCK128:
+def _unmerge_scales(c: LlamaConfig, linear: SegmentLinear, value: QArray, granularity: Granularity) -> list[np.ndarray]:
+  scales = _unmerge(c, linear, np.asarray(value.scale))
+  if granularity != Granularity.BLOCK128:
     return scales
   step = BLOCK // math.gcd(BLOCK, value.qvalue.shape[-2])
   return [scale[::step] for scale in scales]
 
 
-def _unmerge(c: LlamaConfig, merged: str, array: np.ndarray) -> list[np.ndarray]:
-  if merged == "qkv":
-    rows = array[:, : c.group_size], array[:, c.group_size], array[:, c.group_size + 1]
-    return [part.reshape(-1, *array.shape[3:]) for part in rows]
-  if merged == "gate_up":
+def _unmerge(c: LlamaConfig, linear: SegmentLinear, array: np.ndarray) -> list[np.ndarray]:
+  if linear.merged == "qkv":
+    sizes = [c.group_size if name.endswith("q_proj") else 1 for name in linear.matrices]
+    parts = np.split(array, np.cumsum(sizes)[:-1], axis=1)
+    return [part.reshape(-1, *array.shape[3:]) for part in parts]
+  if linear.merged == "gate_up":
     return list(array[:, : c.d_ff])
-  return [array[:, : c.d_ff]] if merged == "down" and array.ndim == 2 else [array]
+  return [array[:, : c.d_ff]] if linear.merged == "down" and array.ndim == 2 else [array]

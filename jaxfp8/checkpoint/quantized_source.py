@@ -5,6 +5,9 @@
     plain                    quantized; in the stream's dtype if `keep` matches, or if   converted
                              the source holds float8 (then it was left out on purpose)
 
+Matrices that are merged in memory (q, k and v; gate and up) are kept apart if some came as float8 and others did not, or with
+other scales. A plain source is quantized by this module, and there all of them stay plain if `keep` matches one.
+
 Arrays are computed when they are read. Refuses to know file formats (readers/) and files on disk.
 """
 
@@ -36,8 +39,8 @@ class QuantizedSource:
     static: the source's static scales that are taken over: "inputs", "kv" (of keys and values), or both.
 
   Attributes:
-    formats: how each layer's merged matrices are kept in memory.
-    exceptions: module -> "channel" or "block128" of matrices stored as float8 whatever `formats` says.
+    formats: the format of each layer's matrices.
+    exceptions: module -> "channel" or "block128" of a float8 head or embedding, which are bf16 in memory.
     static_scales: names of the static scales that are taken over.
     expected: key -> shape and dtype of every array.
     notes: sentences about matrices that are stored otherwise than asked for.
@@ -67,38 +70,39 @@ class QuantizedSource:
     return self.source.path
 
   def _check_granularity(self) -> None:
-    stored = source_granularity(self.source)
-    if stored and (stored == Granularity.BLOCK128) != (self.recipe.granularity == Granularity.BLOCK128):
+    stored, asked = source_granularity(self.source), self.recipe.granularity
+    if stored and stored != asked and (stored != Granularity.TENSOR or asked != Granularity.CHANNEL):
       raise InputError(
         f"convert: {self.source.path} holds float8 weights with {stored} scales, which are never rounded again; got "
-        f"granularity={self.recipe.granularity!r}. Leave it out, or pass {str(stored)!r}."
+        f"granularity={asked!r}. Leave it out, or pass {str(stored)!r}."
       )
 
   def _format(self, layer: int) -> LayerFormat:
-    """How each merged matrix of a layer is kept in memory. Adds to `exceptions` and `notes`."""
+    """The formats of a layer's matrices. Adds to `notes`."""
     formats = {}
     for merged, modules in merged_modules(layer).items():
       formats[merged] = self.recipe.weights
       if self.recipe.weights != "fp8":
         continue
       kinds = [self._kind(module) for module in modules]
-      if all(kind == self._mergeable for kind in kinds):
-        continue
-      formats[merged] = self.recipe.stream
-      stay = [(module, kind) for module, kind in zip(modules, kinds, strict=True) if kind and module in self._quantized]
-      self.exceptions |= dict(stay)
-      if stay:
-        self.notes.append(
-          f"{', '.join(module for module, _ in stay)} stays float8 on disk and is dequantized to {self.recipe.stream} in "
-          f"memory, since {merged} is one matrix there and its parts are not alike"
-        )
-      elif None in kinds and any(kinds):
+      if any(kinds) and not all(kinds) and not self._quantized:
         self.notes.append(f"{', '.join(modules)} are one matrix in memory: all stay in {self.recipe.stream}")
+        kinds = [None] * len(kinds)
+      formats[merged] = [self._word(kind) for kind in kinds]
+      if len(set(kinds)) > 1:
+        parts = ", ".join(f"{module} ({kind or self.recipe.stream})" for module, kind in zip(modules, kinds, strict=True))
+        self.notes.append(f"{parts} differ, so they are separate matrices in memory, which cost more launches than one")
     return LayerFormat(**formats)
 
+  def _word(self, kind: str | None) -> str:
+    """The MatrixFormat of a matrix with such scales."""
+    if kind is None:
+      return self.recipe.stream
+    return Precision.FP8 if kind == self._own_scales else f"{Precision.FP8}_{kind}"
+
   @property
-  def _mergeable(self) -> str:
-    """The kind of scales that a merged float8 matrix of the recipe has. One scale per tensor is stored as one per channel."""
+  def _own_scales(self) -> str:
+    """The scales of the recipe's own granularity as they are stored: one scale per tensor is stored as one per channel."""
     return Granularity.BLOCK128 if self.recipe.has_block_scales else Granularity.CHANNEL
 
   def _kind(self, module: str) -> str | None:
@@ -108,7 +112,7 @@ class QuantizedSource:
     stored = self._quantized.get(module)
     if stored or self._quantized:
       return Granularity.CHANNEL if stored == Granularity.TENSOR else stored
-    return self._mergeable
+    return self._own_scales
 
   def _keep_tables(self) -> None:
     """Stores a float8 head or embedding as it came; both are bf16 in memory."""

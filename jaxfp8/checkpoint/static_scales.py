@@ -4,25 +4,25 @@
     model.layers.3.self_attn.k_scale[K], .v_scale[K] float32, one per KV head
 
 A checkpoint has static scales if it was calibrated, or converted from a checkpoint that has them, whatever its recipe. A model
-has the scales that its recipe requires. Merged matrices multiply with one input: the largest of their scales counts, since a
-smaller one would saturate. Refuses to know how scales are chosen (quantization/calibration.py).
+has the scales that its recipe requires. Matrices merged into one round their input once: the largest of their scales counts,
+since a smaller one would saturate. Refuses to know how scales are chosen (quantization/calibration.py).
 """
 
 import functools
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxfp8.checkpoint.layout import merged_linear
-from jaxfp8.checkpoint.stored_arrays import MERGED_MATRICES, merged_modules, static_key
+from jaxfp8.checkpoint.layout import segment_linears
+from jaxfp8.checkpoint.stored_arrays import MERGED_MATRICES, static_key
 from jaxfp8.errors import InputError
-from jaxfp8.model.layers import DecoderLayer
 from jaxfp8.model.llama import Llama
-from jaxfp8.recipe import LayerFormat, Precision
+from jaxfp8.recipe import LayerFormat
 
 LINEARS = tuple(MERGED_MATRICES)
 KV = ("k_scale", "v_scale")
@@ -30,30 +30,37 @@ KV = ("k_scale", "v_scale")
 
 def required_keys(model: Llama) -> list[str]:
   """The keys of all static scales that this model has."""
-  return [key for rows in _rows(model).values() for row in rows for key in row]
+  return [key for scale in _scales(model) for row in scale.keys for key in row]
 
 
-def _rows(model: Llama) -> dict[tuple[int, str], list[list[str]]]:
-  """(segment, one of LINEARS or KV) -> for each layer of the segment, the keys of the stored scales that make the model's."""
-  rows = {}
-  for index, (segment, (start, stop, _)) in enumerate(zip(model.segments, model.segment_bounds(), strict=True)):
-    for merged in LINEARS:
-      if merged_linear(segment, merged).input_scale is not None:
-        rows[index, merged] = [input_keys(layer, merged) for layer in range(start, stop)]
+class _Scale(NamedTuple):
+  """A static scale of a segment: the model's array, and for each layer the keys of the stored scales that make it."""
+
+  param: nnx.Param
+  keys: list[list[str]]
+  start: int  # the segment's first layer
+  is_input: bool
+
+
+def _scales(model: Llama) -> Iterator[_Scale]:
+  for segment, (start, stop, layer_format) in zip(model.segments, model.segment_bounds(), strict=True):
+    for linear in segment_linears(segment, layer_format):
+      if linear.module.input_scale is not None:
+        keys = [[_input_key(layer, name) for name in linear.matrices] for layer in range(start, stop)]
+        yield _Scale(linear.module.input_scale, keys, start, True)
     for name in KV if segment.attention.k_scale is not None else ():
-      rows[index, name] = [[kv_key(layer, name)] for layer in range(start, stop)]
-  return rows
+      keys = [[kv_key(layer, name)] for layer in range(start, stop)]
+      yield _Scale(getattr(segment.attention, name), keys, start, False)
 
 
-def _param(segment: DecoderLayer, name: str) -> nnx.Param:
-  """The scale of one of LINEARS or KV, in a segment that has it."""
-  owner, attribute = (merged_linear(segment, name), "input_scale") if name in LINEARS else (segment.attention, name)
-  return getattr(owner, attribute)
+def _input_key(layer: int, matrix: str) -> str:
+  return static_key(f"model.layers.{layer}.{matrix}.input_scale")
 
 
-def input_keys(layer: int, merged: str) -> list[str]:
-  """The keys of the input scales of the matrices in one of LINEARS."""
-  return [static_key(f"{module}.input_scale") for module in merged_modules(layer)[merged]]
+def input_keys(layer: int, merged: str, layer_format: LayerFormat) -> list[str]:
+  """The keys of the input scales of the float8 matrices in one of LINEARS."""
+  matrices = zip(MERGED_MATRICES[merged], layer_format.matrices(merged), strict=True)
+  return [_input_key(layer, name) for name, matrix in matrices if matrix.is_float8]
 
 
 def kv_key(layer: int, name: str) -> str:
@@ -64,11 +71,7 @@ def kv_key(layer: int, name: str) -> str:
 def has_all_input_scales(formats: Sequence[LayerFormat], keys: Collection[str]) -> bool:
   """Whether every float8 matrix has an input scale among `keys`. If one has none, all matrices need dynamic scales."""
   required = [
-    key
-    for layer, layer_format in enumerate(formats)
-    for merged in LINEARS
-    if getattr(layer_format, merged) == Precision.FP8
-    for key in input_keys(layer, merged)
+    key for layer, layer_format in enumerate(formats) for merged in LINEARS for key in input_keys(layer, merged, layer_format)
   ]
   return bool(required) and all(key in keys for key in required)
 
@@ -88,11 +91,10 @@ def load_static_scales(model: Llama, read: Callable[[str], np.ndarray], mesh: Me
 
   Raises InputError for a scale that is not positive and finite.
   """
-  for (segment, name), rows in _rows(model).items():
-    arrays = [{key: np.asarray(read(key)) for key in row} for row in rows]
+  for scale in _scales(model):
+    arrays = [{key: np.asarray(read(key)) for key in row} for row in scale.keys]
     _require_positive(arrays)
-    scales = _largest(arrays) if name in LINEARS else _per_head(model, arrays)
-    _put(_param(model.segments[segment], name), scales, mesh)
+    _put(scale.param, _largest(arrays) if scale.is_input else _per_head(model, arrays), mesh)
   return model
 
 
@@ -104,11 +106,10 @@ def _put(param: nnx.Param, array: np.ndarray, mesh: Mesh | None) -> None:
 def stored_static_scales(model: Llama, layer: int) -> dict[str, np.ndarray]:
   """One layer's static scales, of a model for one device, as stored arrays."""
   arrays = {}
-  for (segment, name), rows in _rows(model).items():
-    start, stop, _ = model.segment_bounds()[segment]
-    if start <= layer < stop:
-      scale = np.asarray(_param(model.segments[segment], name).get_value())[layer - start]
-      arrays |= {key: np.asarray(scale) for key in rows[layer - start]}
+  for scale in _scales(model):
+    if scale.start <= layer < scale.start + len(scale.keys):
+      value = np.asarray(scale.param.get_value())[layer - scale.start]
+      arrays |= {key: np.asarray(value) for key in scale.keys[layer - scale.start]}
   return arrays
 
 

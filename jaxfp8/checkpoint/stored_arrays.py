@@ -7,8 +7,8 @@ One array per layer and matrix, unmerged, [out, in], under Hugging Face's names 
     model.layers.3.self_attn.q_proj.input_scale[]  float32, for static activation scales: one per matrix
     model.layers.3.self_attn.k_scale[K]            float32, for static scales of keys (v_scale: of values): one per KV head
 
-A matrix that cannot be part of a merged array (float8 beside a bf16 neighbour, scales of another granularity than the recipe's,
-a float8 head) is stored as it came, listed in the manifest's `exceptions`, and dequantized on read (dequantize_on_read.py).
+A float8 head or embedding is stored as it came, listed in the manifest's `exceptions`, and dequantized on read
+(dequantize_on_read.py). So are, in a checkpoint of an older version, matrices of layers that differ from their neighbours.
 Refuses to know models (layout.py) and files.
 """
 
@@ -94,12 +94,6 @@ def scale_key(layer: int, matrix: str, letters: str, granularity: str) -> str:
   return scale_of_key(weight_key(layer, matrix, letters), granularity)
 
 
-def float8_keys(layer: int, merged: str, granularity: str) -> list[tuple[str, str]]:
-  """(key of the weight, key of the scale) of each stored matrix of a merged one, for float8 weights."""
-  matrices = MERGED_MATRICES[merged].items()
-  return [(weight_key(layer, *matrix), scale_key(layer, *matrix, granularity)) for matrix in matrices]
-
-
 def merged_modules(layer: int) -> dict[str, tuple[str, ...]]:
   """Merged matrix -> the modules (`model.layers.0.self_attn.q_proj`) that it holds."""
   return {merged: tuple(f"model.layers.{layer}.{name}" for name in names) for merged, names in MERGED_MATRICES.items()}
@@ -140,13 +134,13 @@ def checkpoint_arrays(
   sizes = {"V": c.vocab_size, "D": c.d_model, "F": c.d_ff, "NH": c.num_heads * c.head_dim, "KH": c.num_kv_heads * c.head_dim}
   f32 = Precision.F32.dtype
 
-  def matrix(key: str, precision: Precision, granularity: str) -> dict[str, ArraySpec]:
+  def matrix(key: str, dtype: np.dtype, granularity: str | None = None) -> dict[str, ArraySpec]:
     module, letters = split_key(key)
     if module in exceptions:
-      precision, granularity = Precision.FP8, exceptions[module]
+      dtype, granularity = Precision.FP8.dtype, exceptions[module]
     shape = tuple(sizes[letter] for letter in letters.split(","))
-    arrays = {key: ArraySpec(shape, precision.dtype)}
-    if precision == Precision.FP8:
+    arrays = {key: ArraySpec(shape, dtype)}
+    if granularity:
       blocks = tuple(-(-size // BLOCK) for size in shape)
       arrays[scale_of_key(key, granularity)] = ArraySpec(blocks if granularity == Granularity.BLOCK128 else shape[:1], f32)
     return arrays
@@ -154,12 +148,12 @@ def checkpoint_arrays(
   tables = (EMBEDDING,) if c.tied_embeddings else (EMBEDDING, HEAD)
   groups = [{FINAL_NORM: ArraySpec((sizes["D"],), f32)}]
   for table in tables:
-    groups[0] |= matrix(table, recipe.stream, recipe.granularity)
+    groups[0] |= matrix(table, recipe.stream.dtype)
   for layer, layer_format in enumerate(formats):
     group = {weight_key(layer, norm, "D"): ArraySpec((sizes["D"],), f32) for norm in NORMS.values()}
     for merged, matrices in MERGED_MATRICES.items():
-      for name, letters in matrices.items():
-        group |= matrix(weight_key(layer, name, letters), getattr(layer_format, merged), recipe.granularity)
+      for (name, letters), form in zip(matrices.items(), layer_format.matrices(merged), strict=True):
+        group |= matrix(weight_key(layer, name, letters), form.dtype, form.granularity(recipe))
     groups.append(group)
   for name in static:
     layer = int(name.split(".")[2])

@@ -30,7 +30,7 @@ from jaxfp8.planning.plots import plot_plan
 from jaxfp8.planning.report import print_plan, print_sweep, shortfall_sentence
 from jaxfp8.planning.roofline import PREFILL_CHUNK
 from jaxfp8.plots import check_plot_path
-from jaxfp8.recipe import ACTIVATION_PRECISIONS, DEFAULT_PAGE_SIZE, WEIGHT_PRECISIONS, Granularity, Recipe
+from jaxfp8.recipe import ACTIVATION_PRECISIONS, DEFAULT_PAGE_SIZE, WEIGHT_PRECISIONS, Granularity, LayerFormat, Recipe
 
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
@@ -126,7 +126,9 @@ def _sweep() -> int:
 
 
 def _plan(device: str) -> DeploymentPlan:
-  config, stored = _read_model(FLAGS.model)
+  config, stored, formats = _read_model(FLAGS.model)
+  if _given("weights") or _given("granularity"):
+    formats = None
   plan_of = functools.partial(
     plan_deployment,
     config,
@@ -146,6 +148,7 @@ def _plan(device: str) -> DeploymentPlan:
     observed_batch=FLAGS.observed_batch,
     speculation=Speculation(FLAGS.acceptance, FLAGS.draft_tokens),
     cache_dir=FLAGS.cache_dir,
+    formats=formats,
   )
   plan = plan_of()
   return plan_of(temporaries=_compiled_temporaries(plan, device)) if FLAGS.compile else plan
@@ -161,19 +164,21 @@ def _compiled_temporaries(plan: DeploymentPlan, device: str) -> int:
     "prefill": min(asked.prompt, PREFILL_CHUNK),
     "page_tokens": asked.page_tokens,
   }
-  compile_request = CompileRequest(asked.config, asked.recipe, device, asked.mesh, **sizes)
+  compile_request = CompileRequest(asked.config, asked.recipe, device, asked.mesh, formats=asked.formats, **sizes)
   records = compiled_reports(compile_request, timeout_s=FLAGS.compile_timeout)
   return max(records[kind]["temp_bytes"] for kind in ("decode", "prefill"))
 
 
-def _read_model(name: str) -> tuple[LlamaConfig, Recipe | None]:
-  """The model's sizes; of a checkpoint of jaxfp8 also its recipe, which then stands in for flags that were not given."""
+def _read_model(name: str) -> tuple[LlamaConfig, Recipe | None, tuple[LayerFormat, ...] | None]:
+  """The model's sizes; of a checkpoint of jaxfp8 also its recipe, which then stands in for flags that were not given, and the
+  formats of its layers."""
   manifest = pathlib.Path(name) / "jaxfp8.json"
   if not manifest.is_file():
-    return read_config(name), None
+    return read_config(name), None, None
   try:
     fields = json.loads(manifest.read_text(encoding="utf-8"))
-    return LlamaConfig.from_dict(fields["config"], str(manifest)), Recipe(**fields["recipe"])
+    formats = tuple(LayerFormat(**layer) for layer in fields["formats"])
+    return LlamaConfig.from_dict(fields["config"], str(manifest)), Recipe(**fields["recipe"]), formats
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f"plan: {manifest} does not describe a checkpoint of jaxfp8: {error}. Convert it again.") from error
 

@@ -1,13 +1,12 @@
-"""The parts of a Llama as Flax NNX modules: `Linear`, `RMSNorm`, `Attention`, `Mlp`, `DecoderLayer`.
+"""The parts of a Llama as Flax NNX modules: `Linear`, `SplitLinear`, `RMSNorm`, `Attention`, `Mlp`, `DecoderLayer`.
 
-Modules own weights and nothing else. `LayerBuilder` declares those weights: merged, padded and replicated for a mesh, each with
-its partition. Every stage runs in a `jax.named_scope`, so that profiles show attention.qkv, mlp.down and so on.
-Refuses to know how layers are stacked and run (llama.py).
+Modules own weights and nothing else; layer_builder.py declares these weights. Every stage runs in a `jax.named_scope`, so that
+profiles show attention.qkv, mlp.down and so on. Refuses to know how layers are stacked and run (llama.py).
 """
 
 import dataclasses
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import pallas_kernels
-from jaxfp8.config import LlamaConfig
-from jaxfp8.errors import InputError
-from jaxfp8.mesh import MeshShape, Padded
 from jaxfp8.model.fp8 import QArray, quantize_tokens
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.step_context import StepContext
-from jaxfp8.recipe import BLOCK, Granularity, LayerFormat, Precision, Recipe
-from jaxfp8.sharding import TENSOR, Axes, abstract_array
+from jaxfp8.recipe import Precision
+from jaxfp8.sharding import Axes, abstract_array
 from pallas_kernels import PartialSums, Quantized
+
+if TYPE_CHECKING:
+  from jaxfp8.model.layer_builder import LayerBuilder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +95,25 @@ class Linear(nnx.Module):
     return y.reshape(y.shape[0], *weight.shape[:-1])
 
 
+class SplitLinear(nnx.Module):
+  """The matrices of a merged weight apart, since their formats differ. Each reads the same activations in its own way.
+
+  parts: q, k and v, or gate and up: each a Linear whose weight has the axes of the merged weight, [F1, F2, .., D], and its own
+    part of axis F2 of qkv ([K, G, H, D] and twice [K, 1, H, D]), or of axis F1 of gate_up ([1, F, D] each).
+  """
+
+  quantizes = False  # a norm must not round for one matrix what another reads unrounded
+  static_scale = None
+
+  def __init__(self, parts: Sequence[Linear], axis: int):
+    self.parts, self.axis = nnx.List(parts), axis
+
+  def partial_sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> PartialSums:
+    """The product in the order of the merged weight, finished."""
+    y = jnp.concatenate([part(x_TD, out_dtype) for part in self.parts], axis=self.axis)
+    return PartialSums(y.reshape(1, y.shape[0], -1))
+
+
 class RMSNorm(nnx.Module):
   """Adds a sublayer's result to the residual stream and normalizes the sum for `reader`, the linear that takes it."""
 
@@ -103,7 +121,7 @@ class RMSNorm(nnx.Module):
     self.weight = nnx.Param(abstract_array(shape, jnp.float32), partition=PartitionSpec())
     self.eps, self.runtime = eps, runtime
 
-  def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear) -> tuple[jax.Array, jax.Array | Quantized]:
+  def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear | SplitLinear) -> tuple[jax.Array, jax.Array | Quantized]:
     """(x + y, its norm), both [T, D]; the norm is `Quantized` if the reader multiplies float8 activations."""
     weight_D = self.weight.get_value()
     rounding = {"quantize": reader.quantizes, "static_scale": reader.static_scale}
@@ -114,9 +132,9 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention. qkv is [K, G + 2, H, D]: for each KV head its G query heads, its key and its value."""
 
-  def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
-    self.qkv = build.linear(layer_format.qkv, build.qkv_shape, PartitionSpec(None, TENSOR))
-    self.o = build.linear(layer_format.o, build.o_shape, PartitionSpec(None, None, TENSOR), build.o_run)
+  def __init__(self, build: "LayerBuilder"):
+    self.qkv = build.merged("qkv")
+    self.o = build.single("o")
     self.k_scale, self.v_scale = build.kv_scale(), build.kv_scale()
     self.runtime = build.runtime
 
@@ -165,9 +183,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
   """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x)), with gate and up as one array [2, F, D]."""
 
-  def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
-    self.gate_up = build.linear(layer_format.gate_up, build.gate_up_shape, PartitionSpec(None, None, TENSOR))
-    self.down = build.linear(layer_format.down, build.down_shape, PartitionSpec(None, None, TENSOR))
+  def __init__(self, build: "LayerBuilder"):
+    self.gate_up = build.merged("gate_up")
+    self.down = build.single("down")
     self.runtime = build.runtime
 
   def __call__(self, x_TD: jax.Array | Quantized, context: StepContext) -> jax.Array:
@@ -184,12 +202,12 @@ class Mlp(nnx.Module):
 class DecoderLayer(nnx.Module):
   """One layer, or a stack of equal ones: every weight has a leading layer axis until the scan takes it off."""
 
-  def __init__(self, build: "LayerBuilder", layer_format: LayerFormat):
+  def __init__(self, build: "LayerBuilder"):
     norm = (build.num_layers, build.config.d_model), build.config.rms_norm_eps, build.runtime
     self.attention_norm = RMSNorm(*norm)
-    self.attention = Attention(build, layer_format)
+    self.attention = Attention(build)
     self.mlp_norm = RMSNorm(*norm)
-    self.mlp = Mlp(build, layer_format)
+    self.mlp = Mlp(build)
 
   def __call__(
     self, x_TD: jax.Array, y_TD: jax.Array, pool: KVCache, context: StepContext
@@ -203,83 +221,3 @@ class DecoderLayer(nnx.Module):
     y_TD, pool = self.attention(context.gather_rows(normed), pool, context)
     x_TD, normed = self.mlp_norm(x_TD, y_TD, self.mlp.gate_up)
     return x_TD, self.mlp(context.gather_rows(normed), context), pool
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerBuilder:
-  """Declares weights: merged, padded and replicated shapes for a mesh, with their partitions."""
-
-  config: LlamaConfig
-  recipe: Recipe
-  shape: MeshShape
-  runtime: Runtime
-  num_layers: int = 0
-
-  def with_layers(self, num_layers: int) -> "LayerBuilder":
-    return dataclasses.replace(self, num_layers=num_layers)
-
-  @property
-  def padded(self) -> Padded:
-    return Padded.of(self.config, self.recipe, self.shape)
-
-  @property
-  def qkv_shape(self) -> tuple[int, ...]:
-    c, group = self.config, self.shape.group
-    return (self.num_layers, c.num_kv_heads * group, c.group_size // group + 2, c.head_dim, c.d_model)
-
-  @property
-  def o_shape(self) -> tuple[int, ...]:
-    return (self.num_layers, self.config.d_model, self.config.num_heads * self.config.head_dim)
-
-  @property
-  def o_run(self) -> int:
-    """Columns of o that stay together: a device's query heads, or those of one KV head if it has several (layout.py)."""
-    c, mesh = self.config, self.shape
-    heads = c.num_heads // mesh.tensor if mesh.group == 1 else c.group_size // mesh.group
-    return heads * c.head_dim
-
-  @property
-  def gate_up_shape(self) -> tuple[int, ...]:
-    return (self.num_layers, 2, self.padded.d_ff, self.config.d_model)
-
-  @property
-  def down_shape(self) -> tuple[int, ...]:
-    return (self.num_layers, self.config.d_model, self.padded.d_ff)
-
-  def linear(self, precision: Precision, shape: tuple[int, ...], partition: PartitionSpec, run: int | None = None) -> Linear:
-    """A linear layer with abstract weights [L, ..., D].
-
-    run: the number of neighbouring input columns that stay together when columns are cut; None: all that a device has.
-    Raises InputError if a cut would go through a block of 128 columns that has one scale.
-    """
-    value = abstract_array(shape, precision.dtype)
-    if precision != Precision.FP8:
-      return Linear(value, partition, self.runtime)
-    if self.recipe.granularity is Granularity.BLOCK128:
-      # Blocks of 128 rows, repeated for fewer rows each: a head or a model may be narrower than whole blocks.
-      unit = math.gcd(BLOCK, shape[-2])
-      scale_shape = (*shape[:-2], shape[-2] // unit, self._block_columns(shape, partition, run))
-      scale_partition = partition
-    else:
-      scale_shape, scale_partition = shape[:-1], PartitionSpec(*partition[: len(shape) - 1])
-    scale = abstract_array(scale_shape, jnp.float32)
-    input_scale = abstract_array(shape[:1], jnp.float32) if self.recipe.activations.is_static else None
-    partitions: Any = (partition, scale_partition)  # a QArray of partition specs, leaf by leaf
-    return Linear(QArray(value, scale), QArray(*partitions), self.runtime, input_scale)
-
-  def kv_scale(self) -> nnx.Param | None:
-    """A stored scale for each KV head; None if the recipe has none."""
-    if not self.recipe.kv.is_static:
-      return None
-    return nnx.Param(jax.ShapeDtypeStruct(self.qkv_shape[:2], jnp.float32), partition=PartitionSpec(None, TENSOR))
-
-  def _block_columns(self, shape: tuple[int, ...], partition: PartitionSpec, run: int | None) -> int:
-    """Blocks along the input columns."""
-    cut = len(partition) == len(shape) and self.shape.tensor > 1
-    run = run or shape[-1] // self.shape.tensor
-    if cut and run % BLOCK:
-      raise InputError(
-        f"Llama: block128 scales need each device's input columns to be whole blocks; {shape[-1]} columns over "
-        f'tensor={self.shape.tensor}, {run} at a time, are not. Use granularity="channel" or another tensor.'
-      )
-    return -(-shape[-1] // BLOCK)

@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.mesh import MeshShape
+from jaxfp8.mesh import MeshShape, Padded
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import DecoderLayer, LayerBuilder, Linear, RMSNorm, Runtime
+from jaxfp8.model.layer_builder import LayerBuilder
+from jaxfp8.model.layers import DecoderLayer, Linear, RMSNorm, Runtime
 from jaxfp8.model.step_context import StepContext
 from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.sharding import TENSOR, Axes, abstract_array, index_over
@@ -61,11 +62,11 @@ class Llama(nnx.Module):
     if len(self.formats) != config.num_layers:
       raise InputError(f"Llama: needs one format a layer; got {len(self.formats)} for {config.num_layers} layers.")
     self.runtime = Runtime(axes, implementation, target, self.recipe.activation_dtype, self.recipe.stream)
-    builder = LayerBuilder(config, self.recipe, self.shape, self.runtime)
-    vocab = (builder.padded.vocab_size, config.d_model)
+    vocab = (Padded.of(config, self.recipe, self.shape).vocab_size, config.d_model)
     self.embedding = nnx.Param(abstract_array(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))
     self.segments = nnx.List(
-      DecoderLayer(builder.with_layers(stop - start), layer_format) for start, stop, layer_format in self.segment_bounds()
+      DecoderLayer(LayerBuilder(config, self.recipe, self.shape, self.runtime, layer_format, stop - start))
+      for start, stop, layer_format in self.segment_bounds()
     )
     self.final_norm = RMSNorm((config.d_model,), config.rms_norm_eps, self.runtime)
     if not config.tied_embeddings:

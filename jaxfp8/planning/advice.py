@@ -11,7 +11,8 @@ from jaxfp8.errors import InputError
 from jaxfp8.mesh import possible_tensors
 from jaxfp8.planning.deployment import Deployment, decode_times, max_context, max_sequences, memory_budget
 from jaxfp8.planning.devices import CPU, DeviceSpec, device_names, load_device
-from jaxfp8.planning.roofline import bound, decode_step, weight_bytes
+from jaxfp8.planning.roofline import bound, decode_step
+from jaxfp8.planning.weight_bytes import weight_bytes
 from jaxfp8.recipe import Recipe
 
 MAX_DEVICES = 16  # as far as the advice looks
@@ -127,7 +128,7 @@ def _speculate(deployment: Deployment, batch: int, now: float, speculation: Spec
   """A checking step reads weights and KV once for all drafted tokens; the draft model's own steps come on top."""
   mesh, device, count = deployment.mesh, deployment.device, speculation.draft_tokens
   lengths = [deployment.context] * batch
-  cost = decode_step(deployment.config, deployment.recipe, lengths, mesh, query_tokens=count + 1)
+  cost = decode_step(deployment.config, deployment.recipe, lengths, mesh, query_tokens=count + 1, formats=deployment.formats)
   seconds = bound(cost, device).step
   draft = _draft_model(deployment.config)
   if draft and weight_bytes(draft, Recipe()).stored > memory_budget(deployment, batch).free:

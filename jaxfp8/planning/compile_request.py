@@ -18,7 +18,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.deployment import resolve_activations
 from jaxfp8.planning.devices import CPU, have_compiler, load_device
-from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, LayerFormat, Recipe
 
 TIMEOUT_S = 600.0
 _QUIET = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -27,7 +27,8 @@ _QUIET = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3", 
 @dataclasses.dataclass(frozen=True)
 class CompileRequest:
   """Which programs: `batch` sequences of `context` tokens over all devices in decode, and one prompt of `prefill` tokens in one
-  step a data shard (None: no prefill). `device` is a name or a TOML. Raises InputError for what cannot be."""
+  step a data shard (None: no prefill). `device` is a name or a TOML. `formats` are those of the layers (None: the recipe's).
+  Raises InputError for what cannot be."""
 
   config: LlamaConfig
   recipe: Recipe
@@ -37,6 +38,7 @@ class CompileRequest:
   context: int
   prefill: int | None = None
   page_tokens: int = DEFAULT_PAGE_SIZE
+  formats: tuple[LayerFormat, ...] | None = None
 
   def __post_init__(self):
     config = self.config
@@ -76,7 +78,9 @@ class CompileRequest:
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> "CompileRequest":
     config = LlamaConfig.from_dict(fields["config"], "the request")
-    return cls(**{**fields, "config": config, "recipe": Recipe(**fields["recipe"]), "mesh": MeshShape(**fields["mesh"])})
+    formats = tuple(LayerFormat(**layer) for layer in fields["formats"]) if fields["formats"] else None
+    recipe, mesh = Recipe(**fields["recipe"]), MeshShape(**fields["mesh"])
+    return cls(**{**fields, "config": config, "recipe": recipe, "mesh": mesh, "formats": formats})
 
 
 def compiled_reports(request: CompileRequest, *, timeout_s: float = TIMEOUT_S, save: str = "") -> dict[str, Any]:

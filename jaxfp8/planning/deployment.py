@@ -17,9 +17,9 @@ from jaxfp8.planning.roofline import (
   decode_step,
   kv_bytes_per_token,
   prefill_step,
-  weight_bytes,
 )
-from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Recipe
+from jaxfp8.planning.weight_bytes import weight_bytes
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, LayerFormat, Recipe
 
 RESERVE_FRACTION = 0.03  # of the device's memory: fragmentation, and what an estimate of the temporaries may miss
 LOGIT_ROWS = 64
@@ -30,6 +30,7 @@ class Deployment:
   """context: tokens that every sequence holds at the operating point; prompt: tokens of it that are prefilled.
 
   compiled_temporaries: bytes that the compiled programs say they need; None: estimated. Only true of this very deployment.
+  formats: of the layers of a checkpoint that mixes formats; None: the recipe's weights in all of them.
   """
 
   config: LlamaConfig
@@ -40,12 +41,14 @@ class Deployment:
   prompt: int
   page_tokens: int = DEFAULT_PAGE_SIZE
   compiled_temporaries: int | None = None
+  formats: tuple[LayerFormat, ...] | None = None
 
   def with_recipe(self, **changes: str) -> "Deployment":
     """The same with other numbers; activations in fp8 give way to bf16 where the weights no longer are fp8."""
     recipe = {**dataclasses.asdict(self.recipe), **changes}
     recipe["activations"] = resolve_activations("auto", recipe["weights"], self.device)
-    return dataclasses.replace(self, recipe=Recipe(**recipe), compiled_temporaries=None)
+    formats = self.formats if recipe["weights"] == self.recipe.weights else None
+    return dataclasses.replace(self, recipe=Recipe(**recipe), compiled_temporaries=None, formats=formats)
 
   def on_device(self, device: DeviceSpec) -> "Deployment":
     return dataclasses.replace(self, device=device).with_recipe()
@@ -91,7 +94,7 @@ def memory_budget(deployment: Deployment, batch: int) -> MemoryBudget:
     runtime=device.runtime_bytes,
     reserve=int(RESERVE_FRACTION * device.memory_bytes),
     temporaries=_temporaries(deployment),
-    weights=weight_bytes(deployment.config, deployment.recipe, deployment.mesh).stored,
+    weights=weight_bytes(deployment.config, deployment.recipe, deployment.mesh, deployment.formats).stored,
     kv=sequences * _pages(deployment, deployment.context) * _page_bytes(deployment),
   )
 
@@ -116,13 +119,14 @@ def max_context(deployment: Deployment, batch: int) -> int:
 def decode_times(deployment: Deployment, batch: int, context: int | None = None) -> StepTimes:
   """Floors of one decode step of `batch` sequences that hold `context` tokens each (deployment.context when None)."""
   lengths = [context or deployment.context] * batch
-  return bound(decode_step(deployment.config, deployment.recipe, lengths, deployment.mesh), deployment.device)
+  cost = decode_step(deployment.config, deployment.recipe, lengths, deployment.mesh, formats=deployment.formats)
+  return bound(cost, deployment.device)
 
 
 def prefill_times(deployment: Deployment, batch: int) -> StepTimes:
   """Floors of prefilling `batch` prompts that arrive together."""
-  cost = prefill_step(deployment.config, deployment.recipe, deployment.prompt, num_sequences=batch, mesh=deployment.mesh)
-  return bound(cost, deployment.device)
+  sizes = {"num_sequences": batch, "mesh": deployment.mesh, "formats": deployment.formats}
+  return bound(prefill_step(deployment.config, deployment.recipe, deployment.prompt, **sizes), deployment.device)
 
 
 def compute_bound_batch(deployment: Deployment, context: int) -> int | None:

@@ -29,9 +29,10 @@ from jaxfp8.planning.deployment import (
 )
 from jaxfp8.planning.devices import CPU, DeviceSpec, load_device
 from jaxfp8.planning.published import Measurement, expected_fractions
-from jaxfp8.planning.roofline import StepTimes, kv_bytes_per_token, weight_bytes
+from jaxfp8.planning.roofline import StepTimes, kv_bytes_per_token
 from jaxfp8.planning.verdict import Verdict, judge
-from jaxfp8.recipe import DEFAULT_PAGE_SIZE, PAGE_SIZES, Recipe
+from jaxfp8.planning.weight_bytes import weight_bytes
+from jaxfp8.recipe import DEFAULT_PAGE_SIZE, PAGE_SIZES, LayerFormat, Recipe
 
 MAX_BATCH = 65536
 CONTEXT, PROMPT = 8192, 1024
@@ -112,6 +113,7 @@ def plan_deployment(
   speculation: Speculation | None = None,
   cache_dir: str = "",
   temporaries: int | None = None,
+  formats: tuple[LayerFormat, ...] | None = None,
 ) -> DeploymentPlan:
   """Plans `model` on `count` devices.
 
@@ -119,7 +121,7 @@ def plan_deployment(
   "cpu" (measured, the result kept in cache_dir). context and prompt: 8,192 and 1,024 tokens unless the model has less.
   count = tensor * data; what is not given follows from the rest, and all devices go to `tensor` when neither is.
   observed: tokens/s of all observed_batch sequences together. temporaries: bytes that the compiled programs say they need on a
-  device; None: an estimate.
+  device; None: an estimate. formats: of the layers of a checkpoint that mixes formats; `weights` and `granularity` are its own.
 
   A model that does not fit is an answer (`fits` is False), not an error. Raises InputError for a mesh that is not
   possible, an unknown name, numbers that are not positive, or a context beyond the model's.
@@ -137,7 +139,7 @@ def plan_deployment(
   mesh = _mesh(config, count, tensor, data)
   if spec.name == CPU and mesh.num_devices > 1:
     raise InputError(f"plan: cpu is this one machine; got {mesh.num_devices} devices. Leave --count, --tensor and --data at 1.")
-  deployment = Deployment(config, recipe, spec, mesh, context, prompt, page_tokens, temporaries)
+  deployment = Deployment(config, recipe, spec, mesh, context, prompt, page_tokens, temporaries, formats)
   return _plan(deployment, sorted(set(batches)), observed, observed_batch, speculation or Speculation())
 
 
@@ -183,7 +185,7 @@ def _plan(
   deployment: Deployment, batches: list[int], observed: float | None, observed_batch: int, speculation: Speculation
 ) -> DeploymentPlan:
   config, recipe, mesh = deployment.config, deployment.recipe, deployment.mesh
-  weights = weight_bytes(config, recipe, mesh)
+  weights = weight_bytes(config, recipe, mesh, deployment.formats)
   memory = memory_budget(deployment, batches[0])
   fits = memory.free >= 0
   low, high, published = expected_fractions(deployment.device.name, mesh.tensor)

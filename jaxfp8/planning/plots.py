@@ -30,8 +30,9 @@ def _draw_roofline(axes, plan: DeploymentPlan) -> None:
   deployment = plan.deployment
   device = deployment.device
   points = [(f"decode, batch {batch.batch}", _decode_cost(plan, batch.batch)) for batch in plan.batches]
-  config, recipe, mesh = deployment.config, deployment.recipe, deployment.mesh
-  points.append((f"prefill of {deployment.prompt:,} tokens", prefill_step(config, recipe, deployment.prompt, mesh=mesh)))
+  sizes = {"mesh": deployment.mesh, "formats": deployment.formats}
+  prefill = prefill_step(deployment.config, deployment.recipe, deployment.prompt, **sizes)
+  points.append((f"prefill of {deployment.prompt:,} tokens", prefill))
   intensities = [_flops(cost) / cost.memory_bytes for _, cost in points]
   peaks = {name: device.flops(dtype) for name, dtype in (("FP8", "fp8"), ("bf16", "bf16"))}
   if device.fp8_flops is None:
@@ -93,7 +94,8 @@ def _draw_throughput(axes, plan: DeploymentPlan) -> None:
 
 def _decode_cost(plan: DeploymentPlan, batch: int) -> StepCost:
   deployment = plan.deployment
-  return decode_step(deployment.config, deployment.recipe, [deployment.context] * batch, deployment.mesh)
+  config, recipe, formats = deployment.config, deployment.recipe, deployment.formats
+  return decode_step(config, recipe, [deployment.context] * batch, deployment.mesh, formats=formats)
 
 
 def _flops(cost: StepCost) -> float:

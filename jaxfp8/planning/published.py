@@ -7,7 +7,8 @@ import math
 from jaxfp8.config import LlamaConfig, configs_folder, read_toml
 from jaxfp8.mesh import MeshShape
 from jaxfp8.planning.devices import CPU, load_device
-from jaxfp8.planning.roofline import bound, decode_step, weight_bytes
+from jaxfp8.planning.roofline import bound, decode_step
+from jaxfp8.planning.weight_bytes import weight_bytes
 from jaxfp8.recipe import Recipe
 
 

@@ -1,6 +1,6 @@
 """How many bytes and FLOPs a step costs on each device of a mesh, and how long that takes at least. Imports no jax.
 
-    LlamaConfig, Recipe, MeshShape -> weight_bytes, kv_bytes_per_token           what is stored
+    LlamaConfig, Recipe, MeshShape -> kv_bytes_per_token                         what is stored (and weight_bytes.py)
                                    -> decode_step, prefill_step -> StepCost      what a step moves and computes
     StepCost, DeviceSpec           -> bound -> StepTimes                         how long that takes at least
                                    -> explain                                    the same in one sentence
@@ -15,65 +15,19 @@ What activations move is left out: it is small, and a ceiling on speed must not 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import ONE_DEVICE, MeshShape, Padded
 from jaxfp8.planning.devices import DeviceSpec
-from jaxfp8.recipe import BLOCK, Precision, Recipe
+from jaxfp8.planning.weight_bytes import SCALE_BYTES, Formats, count_formats, local_matrices, local_sizes, weight_bytes
+from jaxfp8.recipe import Precision, Recipe
 from jaxfp8.units import format_bytes, format_seconds, format_share
 
-SCALE_BYTES = 4
 PREFILL_CHUNK = 2048  # tokens that one prefill step takes at most
 LAUNCHES_PER_LAYER = 12  # what the compiled decode step is held to
 LAUNCHES_PER_STEP = 8  # embedding, last norm, head, sampling
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightBytes:
-  """Bytes of the weights on one device. `scales` are those of all linear layers; `embedding` is 0 when it is tied to `head`."""
-
-  qkv: int
-  o: int
-  gate_up: int
-  down: int
-  scales: int
-  norms: int
-  embedding: int
-  head: int
-
-  @property
-  def matrices(self) -> int:
-    """The linear layers' matrices and the head, without scales: what literature calls the bytes of a token."""
-    return self.qkv + self.o + self.gate_up + self.down + self.head
-
-  @property
-  def streamed(self) -> int:
-    """What every step reads whole: all but the embedding, of which it reads one row a token."""
-    return self.matrices + self.scales + self.norms
-
-  @property
-  def stored(self) -> int:
-    return self.streamed + self.embedding
-
-
-def weight_bytes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> WeightBytes:
-  """Bytes of the arrays that one device of the mesh holds, with padding, replication and scales."""
-  size = _local_sizes(config, recipe, mesh)
-  item, layers, d_model = recipe.weights.dtype.itemsize, config.num_layers, config.d_model
-  vocab = size.vocab * d_model * recipe.stream.dtype.itemsize
-  return WeightBytes(
-    qkv=layers * size.qkv_rows * d_model * item,
-    o=layers * d_model * size.attention * item,
-    gate_up=layers * 2 * size.d_ff * d_model * item,
-    down=layers * d_model * size.d_ff * item,
-    scales=layers * _scales_per_layer(config, recipe, size) * SCALE_BYTES,
-    norms=(2 * layers + 1) * d_model * Precision.F32.dtype.itemsize,
-    embedding=0 if config.tied_embeddings else vocab,
-    head=vocab,
-  )
 
 
 def kv_bytes_per_token(config: LlamaConfig, recipe: Recipe, mesh: MeshShape = ONE_DEVICE) -> int:
@@ -114,6 +68,7 @@ def decode_step(
   mesh: MeshShape = ONE_DEVICE,
   *,
   query_tokens: int = 1,
+  formats: Formats = None,
 ) -> StepCost:
   """One token for every sequence; lengths: tokens each sequence attends to, the new one included.
 
@@ -124,7 +79,8 @@ def decode_step(
     raise InputError(f"roofline: lengths must hold at least one positive length; got {list(lengths)[:4]}.")
   lengths = sorted(lengths, reverse=True)[:: mesh.data]
   rows, read = len(lengths) * query_tokens, sum(lengths)
-  return _step(config, recipe, mesh, tokens=rows, sampled=rows, kv_read=read, attended=read * query_tokens, passes=1)
+  counts = {"tokens": rows, "sampled": rows, "kv_read": read, "attended": read * query_tokens, "passes": 1}
+  return _step(config, recipe, mesh, formats=formats, **counts)
 
 
 def prefill_step(
@@ -135,6 +91,7 @@ def prefill_step(
   *,
   num_sequences: int = 1,
   mesh: MeshShape = ONE_DEVICE,
+  formats: Formats = None,
 ) -> StepCost:
   """`num_tokens` new tokens for each of num_sequences sequences that hold `context` tokens already.
 
@@ -156,6 +113,7 @@ def prefill_step(
     kv_read=sequences * sum(context + end for end in ends),
     attended=sequences * (num_tokens * context + num_tokens * (num_tokens + 1) // 2),
     passes=-(-sequences * num_tokens // PREFILL_CHUNK),
+    formats=formats,
   )
 
 
@@ -216,47 +174,6 @@ def explain(cost: StepCost, device: DeviceSpec, seconds: float) -> str:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _LocalSizes:
-  qkv_rows: int
-  attention: int  # N * H on this device
-  d_ff: int
-  vocab: int
-
-
-def _local_sizes(config: LlamaConfig, recipe: Recipe, mesh: MeshShape) -> _LocalSizes:
-  tensor = mesh.tensor
-  blocks = recipe.has_block_scales
-  attention = config.num_heads // tensor * config.head_dim
-  if blocks and tensor > 1 and attention % BLOCK:
-    raise InputError(
-      f"roofline: block128 scales need whole blocks of {BLOCK} columns on each device; tensor={tensor} leaves {attention} of "
-      f"{config.name}'s heads. Pass another --tensor or --granularity=channel."
-    )
-  kv_heads, padded = config.num_kv_heads // mesh.kv, Padded.of(config, recipe, mesh)
-  return _LocalSizes(
-    qkv_rows=kv_heads * (config.group_size // mesh.group + 2) * config.head_dim,
-    attention=attention,
-    d_ff=padded.d_ff // tensor,
-    vocab=padded.vocab_size // tensor,
-  )
-
-
-def _scales_per_layer(config: LlamaConfig, recipe: Recipe, size: _LocalSizes) -> int:
-  if recipe.weights != "fp8":
-    return 0
-  if recipe.granularity != "block128":  # one a row; a scale per tensor is stored once a row, too
-    return size.qkv_rows + config.d_model + 2 * size.d_ff + config.d_model
-  # Rows are cut into what divides them (a head, a model may be narrower than whole blocks), columns into blocks.
-  rows, columns = config.d_model // math.gcd(BLOCK, config.d_model), -(-config.d_model // BLOCK)
-  return (
-    size.qkv_rows // math.gcd(BLOCK, config.head_dim) * columns
-    + rows * -(-size.attention // BLOCK)
-    + 2 * (size.d_ff // BLOCK) * columns
-    + rows * (size.d_ff // BLOCK)
-  )
-
-
 def _step(
   config: LlamaConfig,
   recipe: Recipe,
@@ -267,18 +184,22 @@ def _step(
   kv_read: int,
   attended: int,
   passes: int,
+  formats: Formats,
 ) -> StepCost:
   """tokens: rows through the layers; sampled: rows through the head; kv_read: tokens read from the pool; attended:
   query-key pairs; passes: how often the layers' weights are read."""
-  size = _local_sizes(config, recipe, mesh)
-  weights = weight_bytes(config, recipe, mesh)
+  weights = weight_bytes(config, recipe, mesh, formats)
   stream = recipe.stream.dtype.itemsize
   row = config.d_model * stream
-  parameters = (size.qkv_rows + size.attention + 3 * size.d_ff) * config.d_model * config.num_layers
   flops = dict.fromkeys(Precision, 0.0)
-  flops[recipe.activation_dtype] += 2.0 * parameters * tokens
-  flops[recipe.kv_dtype] += 4.0 * size.attention * config.num_layers * attended  # q times k, and p times v
-  flops[recipe.stream] += 2.0 * size.vocab * config.d_model * sampled
+  for layer_format, count in count_formats(config, recipe, formats):
+    size = local_sizes(config, recipe, mesh, layer_format)
+    for matrix in local_matrices(config, recipe, size, layer_format):
+      inputs = recipe.activation_dtype if matrix.format.is_float8 or recipe.activation_dtype != "fp8" else recipe.stream
+      flops[inputs] += 2.0 * matrix.rows * matrix.columns * count * tokens
+  heads, vocab = config.num_heads // mesh.tensor, Padded.of(config, recipe, mesh).vocab_size // mesh.tensor
+  flops[recipe.kv_dtype] += 4.0 * heads * config.head_dim * config.num_layers * attended  # q times k, and p times v
+  flops[recipe.stream] += 2.0 * vocab * config.d_model * sampled
   kv_token = kv_bytes_per_token(config, recipe, mesh)
   cut = mesh.tensor > 1
   return StepCost(

@@ -95,7 +95,7 @@ def _causes(deployment: Deployment, batch: int) -> str:
     causes.append(("weights that are not in FP8", batch / decode_times(deployment.with_recipe(weights="bf16"), batch, 1).step))
     if not device.num_sms:
       causes.append(("FP8 widened in software, since a CPU has no FP8 arithmetic: compare --weights=bf16", None))
-  cost = decode_step(deployment.config, deployment.recipe, [1] * batch, mesh)
+  cost = decode_step(deployment.config, deployment.recipe, [1] * batch, mesh, formats=deployment.formats)
   if device.unified_memory:
     causes.append(("weights swapped out to a drive (see vmstat 1)", batch * SWAP_BYTES_PER_SECOND / cost.weight_read_bytes))
     causes.append(("other programs on the same memory bus", None))

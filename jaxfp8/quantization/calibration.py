@@ -25,6 +25,7 @@ from jaxfp8.checkpoint import static_scales, stored_arrays
 from jaxfp8.checkpoint.convert import versions
 from jaxfp8.checkpoint.dequantize_on_read import dequantize_on_read
 from jaxfp8.checkpoint.device_arrays import load_arrays, whole_arrays
+from jaxfp8.checkpoint.layout import merged_linear
 from jaxfp8.checkpoint.load import abstract_model, load_into
 from jaxfp8.checkpoint.manifest import Manifest
 from jaxfp8.checkpoint.open import Checkpoint, open_checkpoint
@@ -35,7 +36,7 @@ from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
-from jaxfp8.model.layers import Linear
+from jaxfp8.model.layers import Linear, SplitLinear
 from jaxfp8.model.llama import Llama
 from jaxfp8.model.step_context import StepContext
 from jaxfp8.quantization.observers import SCALE_CHOICES, HistogramObserver
@@ -159,7 +160,7 @@ class Calibrator:
   def static_keys(self) -> list[str]:
     """The keys of all static scales that `layers` gives."""
     layers = range(self.config.num_layers if self.choice else 0)
-    inputs = [key for layer in layers for merged in self._float8(layer) for key in static_scales.input_keys(layer, merged)]
+    inputs = [key for layer in layers for merged in static_scales.LINEARS for key in self._input_keys(layer, merged)]
     return inputs + [static_scales.kv_key(layer, name) for layer in layers for name in static_scales.KV]
 
   def layers(self, progress: Progress | None = None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -178,8 +179,8 @@ class Calibrator:
       if progress:
         progress(layer + 1, self.config.num_layers)
 
-  def _float8(self, layer: int) -> list[str]:
-    return [merged for merged in static_scales.LINEARS if getattr(self.formats[layer], merged) == "fp8"]
+  def _input_keys(self, layer: int, merged: str) -> list[str]:
+    return static_scales.input_keys(layer, merged, self.formats[layer])
 
   def _embed(self) -> list[tuple[jax.Array, jax.Array]]:
     dtype, whole = self.recipe.stream.dtype, Range(stored_arrays.EMBEDDING, 0, 0, self.config.vocab_size)
@@ -197,13 +198,15 @@ class Calibrator:
     return self._round(layer, hessians)
 
   def _round(self, layer: int, hessians: Mapping[str, jax.Array] | None) -> dict[str, np.ndarray]:
-    rounded = {}
-    for merged in self._float8(layer):
+    rounded, granularity = {}, self.recipe.granularity
+    for merged, matrices in stored_arrays.MERGED_MATRICES.items():
+      if not self._input_keys(layer, merged):
+        continue
       inputs = Inputs.of(np.asarray(hessians[merged])) if hessians else None
-      for weight, scale in stored_arrays.float8_keys(layer, merged, self.recipe.granularity):
-        source = self.arrays.source.read(weight.split("[")[0])
-        q = round_weights(source, self.recipe.granularity, self.rounding, inputs)
-        rounded |= {weight: q.qvalue, scale: q.scale}
+      for matrix in matrices.items():
+        weight = stored_arrays.weight_key(layer, *matrix)
+        q = round_weights(self.arrays.source.read(weight.split("[")[0]), granularity, self.rounding, inputs)
+        rounded |= {weight: q.qvalue, stored_arrays.scale_key(layer, *matrix, granularity): q.scale}
     return rounded
 
   def _scales(self, layer: int, observers: Mapping[str, HistogramObserver] | None) -> dict[str, np.ndarray]:
@@ -213,8 +216,8 @@ class Calibrator:
       self.seen.append(Observation(layer, name, observer.amax, scales))
       if name in static_scales.KV:
         static[static_scales.kv_key(layer, name)] = scales[choice]
-      elif name in self._float8(layer):
-        static |= {key: np.asarray(scales[choice][0]) for key in static_scales.input_keys(layer, name)}
+      else:
+        static |= {key: np.asarray(scales[choice][0]) for key in self._input_keys(layer, name)}
     return static
 
   def _run(self, layer: int, arrays: Mapping[str, np.ndarray], of: QuantizedSource, hidden, collect):
@@ -248,22 +251,21 @@ def _one_layer(config, segment, x, y, cache: KVCache, batch: PrefillBatch):
   layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], stacked))
   inputs: dict[str, jax.Array] = {}
   for name in static_scales.LINEARS:
-    owner = layer.attention if name in ("qkv", "o") else layer.mlp
-    setattr(owner, name, _listening(getattr(owner, name), functools.partial(inputs.__setitem__, name)))
+    _listen(merged_linear(layer, name), functools.partial(inputs.__setitem__, name))
   x, y, pool = layer(x, y, cache.flatten(), StepContext.of(batch, config))
   inputs |= {"k_scale": pool.k_pages, "v_scale": pool.v_pages}
   return x, y, inputs
 
 
-def _listening(linear: Linear, hear: Callable[[Any], None]) -> Linear:
-  """The same linear, which tells its inputs while it is traced."""
+def _listen(linear: Linear | SplitLinear, hear: Callable[[Any], None]) -> None:
+  """Lets a linear tell its inputs while it is traced."""
+  partial_sums = linear.partial_sums
 
-  class Listening(Linear):
-    def partial_sums(self, x_TD, out_dtype=None):
-      hear(x_TD)
-      return super().partial_sums(x_TD, out_dtype)
+  def listening(x_TD, out_dtype=None):
+    hear(x_TD)
+    return partial_sums(x_TD, out_dtype)
 
-  return Listening(linear.weight.get_value(), linear.weight.get_metadata("partition"), linear.runtime)
+  object.__setattr__(linear, "partial_sums", listening)
 
 
 def _count(observers: dict[str, HistogramObserver] | None, inputs, num_kv_heads: int) -> dict[str, HistogramObserver]:

@@ -22,6 +22,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.model.batch import PrefillBatch
 from jaxfp8.model.fp8 import QArray, dequantize
 from jaxfp8.model.kv_cache import KVCache
+from jaxfp8.model.layers import Linear
 from jaxfp8.model.llama import Llama
 
 MATRICES = ("qkv", "o", "gate_up", "down")  # of a layer, as a model merges them
@@ -201,7 +202,10 @@ def with_layers(base: Llama, quantized: Llama, layers: Sequence[int], matrices: 
 
 
 def _linears(segment, matrices: Sequence[str]) -> list[nnx.Param]:
-  return [merged_linear(segment, name).weight for name in matrices]
+  linears = [linear for name in matrices if isinstance(linear := merged_linear(segment, name), Linear)]
+  if len(linears) < len(matrices):
+    raise InputError("quality: with_layers needs merged matrices, whose parts have equal formats.")
+  return [linear.weight for linear in linears]
 
 
 def _widen(weight: QArray | jax.Array) -> jax.Array:

@@ -37,7 +37,8 @@ def make_steps(compile_request: CompileRequest, spec: DeviceSpec) -> CompiledSte
   """The steps of an abstract model on a mesh of absent devices."""
   shape = compile_request.mesh
   mesh = deviceless.absent_mesh(spec, (shape.data, shape.kv, shape.group), MESH_AXES)
-  model = Llama(compile_request.config, compile_request.recipe, shape=dataclasses.replace(shape, data=1))
+  config, recipe, formats = compile_request.config, compile_request.recipe, compile_request.formats
+  model = Llama(config, recipe, formats=formats, shape=dataclasses.replace(shape, data=1))
   sequences, pages = compile_request.batch // shape.data, -(-compile_request.context // compile_request.page_tokens)
   limits = EngineLimits(
     num_pages=sequences * pages,

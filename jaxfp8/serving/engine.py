@@ -83,7 +83,7 @@ class Engine:
     mesh = mesh or make_mesh(model.config)
     self.limits = limits or default_limits(model, mesh)
     self.kv_bytes = memory.require_kv_fits(model, self.limits, mesh)
-    self.mesh_shape = mesh_shape(mesh)
+    self.mesh_shape, self.formats = mesh_shape(mesh), model.formats
     self.steps = CompiledSteps(model, mesh, self.limits)
     self.state: State = self.steps.init_state()
     self.stats = Stats()

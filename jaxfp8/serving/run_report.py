@@ -10,7 +10,8 @@ import jax
 
 from jaxfp8.mesh import ONE_DEVICE, MeshShape
 from jaxfp8.planning.devices import DeviceSpec, device_names, load_device, measure_cpu
-from jaxfp8.planning.roofline import StepCost, decode_step, explain, weight_bytes
+from jaxfp8.planning.roofline import StepCost, decode_step, explain
+from jaxfp8.planning.weight_bytes import weight_bytes
 from jaxfp8.recipe import Recipe
 from jaxfp8.serving.engine import Engine
 from jaxfp8.serving.request_output import Completion
@@ -61,7 +62,7 @@ def make_report(
   """Reports the work of `engine` so far. The first run on a CPU measures its memory bandwidth and stores it in cache_dir."""
   stats, mesh = engine.stats, engine.mesh_shape
   device = find_device(jax.devices()[0], cache_dir)
-  weights = weight_bytes(engine.config, recipe, mesh).stored * mesh.tensor
+  weights = weight_bytes(engine.config, recipe, mesh, engine.formats).stored * mesh.tensor
   # CPU devices share one memory, so the bytes of all devices count against one bandwidth.
   on_cpu = jax.devices()[0].platform == "cpu"
   cost = _median_decode_cost(engine, recipe, ONE_DEVICE if on_cpu else mesh)
@@ -102,7 +103,7 @@ def find_device(device: Any, cache_dir: str = "") -> DeviceSpec | None:
 def _median_decode_cost(engine: Engine, recipe: Recipe, mesh: MeshShape) -> StepCost | None:
   """The cost of the median decode step, by number of sequences and then by context tokens. None without decode steps."""
   lengths = sorted(engine.stats.decode_lengths, key=lambda step: (len(step), sum(step)))
-  return decode_step(engine.config, recipe, lengths[len(lengths) // 2], mesh) if lengths else None
+  return decode_step(engine.config, recipe, lengths[len(lengths) // 2], mesh, formats=engine.formats) if lengths else None
 
 
 def _rate(tokens: int, seconds: float) -> float:

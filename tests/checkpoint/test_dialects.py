@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxfp8.checkpoint import convert, load, readers
-from jaxfp8.checkpoint.manifest import read_manifest
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.errors import InputError
@@ -259,36 +258,6 @@ EXPECTED = {
   "modelopt_block": ("block128", "modelopt FP8_PB_WO", 0),
   "fp8_block": ("block128", "fp8 block128", 0),
 }
-
-
-# --- mixed ---
-
-
-def test_parts_of_a_merged_matrix_that_differ(tmp_path):
-  """v is bf16 beside float8 q and k; layer 1's MLP has blocks in a checkpoint of channels; the head is float8."""
-  config = RAGGED
-  folder, tensors, meaning = dialect_files.write(
-    tmp_path / "model",
-    config,
-    plain=("v_proj",),
-    kind=lambda m: "block" if "1.mlp" in m else "channel",
-    quantize_also=("lm_head",),
-  )
-  arrays = convert.convert_checkpoint(folder, tmp_path / "ours", Recipe("fp8", "channel", "f32", "f32"))
-  exceptions = read_manifest(tmp_path / "ours").exceptions
-  assert exceptions["model.layers.0.self_attn.q_proj"] == "channel" and exceptions["model.layers.1.mlp.down_proj"] == "block128"
-  assert exceptions["lm_head"] == "channel" and "model.layers.0.mlp.up_proj" not in exceptions
-  assert any("q_proj" in note and "dequantized" in note for note in arrays.notes)
-  ours = Checkpoint(tmp_path / "ours")
-  for name in ours.names():
-    if tensors[name].dtype == dialect_files.FLOAT8:
-      assert ours.read(name).tobytes() == tensors[name].tobytes()
-  tokens = tiny_models.make_tokens(config, 30)
-  truth = numpy_llama.forward(config, meaning, tokens)
-  logits, _ = tiny_llamas.run_pieces(load.load(tmp_path / "ours"), tokens, [30])
-  assert np.abs(logits - truth).max() < LIMIT
-  again, _ = tiny_llamas.run_pieces(load.load(folder, Recipe("fp8", "channel", "f32", "f32")), tokens, [30])
-  np.testing.assert_array_equal(again, logits)
 
 
 def test_float8_is_never_rounded_again(tmp_path):

@@ -16,7 +16,8 @@ from jaxfp8.model import kv_cache
 from jaxfp8.model.llama import Llama
 from jaxfp8.planning.devices import DeviceSpec, load_device
 from jaxfp8.planning.published import expected_fractions, published_measurements
-from jaxfp8.planning.roofline import StepTimes, bound, decode_step, explain, kv_bytes_per_token, prefill_step, weight_bytes
+from jaxfp8.planning.roofline import StepTimes, bound, decode_step, explain, kv_bytes_per_token, prefill_step
+from jaxfp8.planning.weight_bytes import weight_bytes
 from jaxfp8.recipe import Recipe
 
 FP8 = Recipe(weights="fp8", activations="fp8", kv="fp8")

@@ -18,7 +18,8 @@ from jaxfp8.mesh import MeshShape
 from jaxfp8.planning import compile_request as compile_requests
 from jaxfp8.planning.compile_request import CompileRequest
 from jaxfp8.planning.devices import have_compiler
-from jaxfp8.planning.roofline import decode_step, prefill_step, weight_bytes
+from jaxfp8.planning.roofline import decode_step, prefill_step
+from jaxfp8.planning.weight_bytes import weight_bytes
 
 pytestmark = pytest.mark.compile
 
