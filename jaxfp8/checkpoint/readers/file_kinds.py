@@ -63,11 +63,11 @@ def describe(path: pathlib.Path) -> FileKind:
     return _UNFINISHED
   if not head:
     return _EMPTY
+  if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:  # first, since any bytes may be that length
+    return _SAFETENSORS
   for beginning, kind in _BEGINNINGS.items():
     if head.startswith(beginning):
       return kind
-  if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= max(size, 1 << 27):
-    return _SAFETENSORS
   if path.suffix == ".onnx":
     return FileKind("onnx", "it is an ONNX file. Pass a safetensors or GGUF version of the model.")
   return _text_kind(head) or _OTHER
@@ -83,7 +83,7 @@ def _text_kind(head: bytes) -> FileKind | None:
     text = head.decode("utf-8", errors="strict" if len(head) < _HEAD_BYTES else "ignore").lstrip("\ufeff \t\r\n")
   except UnicodeDecodeError:
     return None
-  if "\0" in text:
+  if any(character < "\t" for character in text):
     return None
   if text[:100].lower().startswith(("<!doctype", "<html", "<?xml")):
     return FileKind(

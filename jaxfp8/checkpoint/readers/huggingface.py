@@ -19,6 +19,7 @@ from jaxfp8.checkpoint.readers import dialects
 from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config
 from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, FolderTokenizer
 from jaxfp8.checkpoint.readers.json_file import read_json
+from jaxfp8.checkpoint.readers.locate import ADAPTER, foreign, unfinished
 from jaxfp8.checkpoint.readers.safetensors_file import Header, read_headers, read_tensor
 from jaxfp8.checkpoint.readers.source import (
   FLOAT8,
@@ -28,11 +29,13 @@ from jaxfp8.checkpoint.readers.source import (
   expand_scale,
   expected_tensors,
 )
+from jaxfp8.checkpoint.readers.tensor_names import is_unused, plain_names
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
+_NOT_SHARDS = ("consolidated", "adapter_", "optimizer")  # a copy in Mistral's own format, a LoRA adapter, a training state
 
 
 class HuggingFaceSource(Source):
@@ -40,18 +43,24 @@ class HuggingFaceSource(Source):
 
   def __init__(self, folder: pathlib.Path):
     self.path = folder
+    if (folder / ADAPTER).exists():
+      raise InputError(
+        f"readers: {folder} holds a LoRA adapter ({ADAPTER}), which changes the weights. Merge it (merge_and_unload of peft), "
+        "or remove the adapter's files."
+      )
     self._tokenizer = FolderTokenizer(folder)
     self.config = self._with_end_ids(read_folder_config(folder))
     self._headers: dict[str, Header] = {}
     for path in _shard_paths(folder):
       self._add_headers(path)
     _check_index(folder, self._headers)
+    self._headers, renamed = plain_names(self._headers, folder)
     quant_file = folder / "hf_quant_config.json"
     self._all = dict(self._headers)
     self._scheme = dialects.recognize(
       folder, read_json(folder / "config.json"), read_json(quant_file) if quant_file.exists() else None, self._headers
     )
-    self.dialect, self.notes = self._scheme.dialect, self._scheme.notes
+    self.dialect, self.notes = self._scheme.dialect, (*renamed, *self._scheme.notes)
     shapes = {name: header.shape for name, header in self._headers.items()}
     quantized = {f"{module}.weight" for module in self._scheme.weights}
     check_tensors(folder, self.config, shapes, {name: h.dtype for name, h in self._headers.items()}, quantized)
@@ -65,9 +74,7 @@ class HuggingFaceSource(Source):
 
   def _add_headers(self, path: pathlib.Path) -> None:
     for name, header in read_headers(path).items():
-      if name.endswith("rotary_emb.inv_freq"):  # a buffer that old exports saved; it follows from the config
-        continue
-      if name in self._headers:
+      if name in self._headers and not is_unused(name):
         raise InputError(
           f"readers: a tensor may stand in one shard only; {name} is in {self._headers[name].path.name} and {path.name}. "
           f"Remove the shards that do not belong to {self.path}."
@@ -135,20 +142,21 @@ def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
   if (folder / _INDEX).exists():
     shards = sorted(set(_weight_map(folder).values()))
     for shard in shards:
-      if not (folder / shard).is_file():
-        raise InputError(f"readers: {folder / _INDEX} names the shard {shard}, and it is missing. Fetch the whole checkpoint.")
+      if not (folder / shard).exists():
+        raise InputError(
+          f"readers: {folder / _INDEX} names the shard {shard}, and it is missing{unfinished(folder / shard)}. "
+          "Fetch the whole checkpoint."
+        )
     return [folder / shard for shard in shards]
-  if (folder / "model.safetensors").is_file():
+  if (folder / "model.safetensors").exists():
     return [folder / "model.safetensors"]
-  shards = sorted(folder.glob("*.safetensors"))
+  shards = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith(_NOT_SHARDS))
   if len(shards) == 1:
     return shards
   if shards:
     raise InputError(f"readers: {folder} holds {len(shards)} safetensors files and no {_INDEX}. Fetch the index too.")
-  way_out = "Pass a folder with config.json and model.safetensors."
-  if any(folder.glob("*.bin")):
-    way_out = "Save its PyTorch weights again as safetensors."
-  raise InputError(f"readers: {folder} holds no safetensors file. {way_out}")
+  found = foreign(folder) or f"{unfinished(folder / 'model.safetensors')}. Pass a folder with config.json and model.safetensors"
+  raise InputError(f"readers: {folder} holds no safetensors file of a model{found}.")
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
@@ -168,5 +176,5 @@ def _check_index(folder: pathlib.Path, headers: Mapping[str, Header]) -> None:
   if not (folder / _INDEX).exists():
     return
   for name, shard in _weight_map(folder).items():
-    if name not in headers and not name.endswith("rotary_emb.inv_freq"):
+    if name not in headers and not is_unused(name):
       raise InputError(f"readers: {_INDEX} says that {name} is in {shard}, and it is not. Fetch {folder / shard} again.")

@@ -20,7 +20,7 @@ _ROOTS = ("models--", "datasets--", "spaces--")
 _FOREIGN = (
   (
     ADAPTER,
-    "a LoRA adapter, without the model. Merge it into its model (merge_and_unload of peft), save, and pass that folder",
+    "a LoRA adapter. Merge it into its model (merge_and_unload of peft), save, and pass that folder",
   ),
   (
     "consolidated*.pth",
@@ -39,9 +39,10 @@ _FOREIGN = (
   ("*.nemo", "a NeMo model. Pass the Hugging Face version of the model"),
   ("*.h5", "TensorFlow weights. Save the model again as safetensors"),
   ("*.msgpack", "Flax weights. Save the model again as safetensors"),
-  ("*.safetensors", "safetensors files and no config.json. Fetch config.json too"),
-  ("*.bin", "PyTorch weights (*.bin) and no config.json. Save the model again as safetensors, with its config.json"),
-  ("*.pt*", "PyTorch weights and no config.json. Save the model again as safetensors, with its config.json"),
+  ("model*.safetensors", "safetensors files. Fetch config.json too"),
+  ("*.bin", "PyTorch weights (*.bin). Save the model again as safetensors, with save_pretrained of transformers"),
+  ("*.pt", "PyTorch weights (*.pt). Save the model again as safetensors, with save_pretrained of transformers"),
+  ("*.pth", "PyTorch weights (*.pth). Save the model again as safetensors, with save_pretrained of transformers"),
   ("original/consolidated*.pth", "Meta's own format in original/. Pass the Hugging Face version of the model"),
 )
 _WAY_OUT = "Pass a Hugging Face folder or a GGUF file."
@@ -51,7 +52,7 @@ def locate(path: str | os.PathLike) -> pathlib.Path:
   """A Hugging Face folder or a GGUF file (the first part of one in parts). Raises InputError for everything else."""
   path = absolute(path)
   if not path.exists():
-    raise InputError(f"readers: there is no checkpoint at {path}{_unfinished(path)}. {_WAY_OUT}")
+    raise InputError(f"readers: there is no checkpoint at {path}{unfinished(path)}. {_WAY_OUT}")
   if path.is_dir():
     return _in_folder(path)
   kind = describe(path)
@@ -85,15 +86,16 @@ def gguf_parts(path: pathlib.Path) -> list[pathlib.Path]:
   for index in range(1, count + 1):
     part = path.with_name(f"{match['stem']}-{index:05}-of-{count:05}.gguf")
     if not part.exists():
-      raise InputError(f"readers: part {index} of {count}, {part}, is missing{_unfinished(part)}. Fetch it, beside the others.")
+      raise InputError(f"readers: part {index} of {count}, {part}, is missing{unfinished(part)}. Fetch it, beside the others.")
     parts.append(part)
   return parts
 
 
 def _in_folder(folder: pathlib.Path) -> pathlib.Path:
   """What `locate` returns for a folder."""
-  if (folder / CONFIG).exists() or (folder / CONFIG).is_symlink():
-    return folder
+  has_config = (folder / CONFIG).exists() or (folder / CONFIG).is_symlink()
+  if has_config and (any(folder.glob("*.safetensors*")) or not any(folder.glob("*.gguf"))):
+    return folder  # a folder with GGUF files may have a config.json for the Hub's pages
   if (folder / "snapshots").is_dir():
     return _in_folder(_snapshot(folder))
   models = _gguf_models(folder)
@@ -136,13 +138,20 @@ def _instead(folder: pathlib.Path) -> str:
     return f"; it is empty. {_WAY_OUT[:-1]}"
   if unfinished := [entry for entry in entries if entry.suffix in UNFINISHED]:
     return f"; {unfinished[0].name} is an unfinished download. Finish or repeat the download"
-  for pattern, what in _FOREIGN:
-    if any(folder.glob(pattern)):
-      return f"; it holds {what}"
+  if found := foreign(folder):
+    return found
   inner = [entry for entry in entries if entry.is_dir() and _looks_like_checkpoint(entry)]
   if inner:
     return f"; its folders {', '.join(entry.name for entry in inner[:5])} look like checkpoints. Pass one of them"
   return f". {_WAY_OUT[:-1]}"
+
+
+def foreign(folder: pathlib.Path) -> str:
+  """The weights of another kind that a folder holds, as the end of a sentence; "" if it holds none that are known."""
+  for pattern, what in _FOREIGN:
+    if any(folder.glob(pattern)):
+      return f"; it holds {what}"
+  return ""
 
 
 def _looks_like_checkpoint(folder: pathlib.Path) -> bool:
@@ -151,7 +160,7 @@ def _looks_like_checkpoint(folder: pathlib.Path) -> bool:
   return any((folder / name).exists() for name in (CONFIG, "jaxfp8.json")) or any(folder.glob("*.gguf"))
 
 
-def _unfinished(path: pathlib.Path) -> str:
+def unfinished(path: pathlib.Path) -> str:
   """A half sentence about an unfinished download of `path` beside it."""
   for ending in UNFINISHED:
     if (beside := path.with_name(path.name + ending)).exists():
