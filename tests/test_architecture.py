@@ -52,6 +52,7 @@ NO_JAX = [
   "checkpoint.readers.file_bytes",
   "checkpoint.readers.file_kinds",
   "checkpoint.readers.locate",
+  "checkpoint.readers.tensor_names",
   "checkpoint.readers.gguf_file",
   "checkpoint.readers.gguf_header",
   "checkpoint.readers.gguf_config",

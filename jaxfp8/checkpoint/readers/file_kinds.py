@@ -9,7 +9,7 @@ import pathlib
 import stat
 
 FETCH_AGAIN = "Fetch the file again."
-LFS = b"version https://git-lfs.github.com/spec/"
+LFS_TEXT = "version https://git-lfs.github.com/spec/"
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 _HEAD_BYTES = 4096
 
@@ -22,7 +22,7 @@ class FileKind:
   sentence: str
 
 
-_LFS = FileKind("lfs", "it is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
+LFS_POINTER = FileKind("lfs", "it is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
 _EMPTY = FileKind("empty", f"it is empty (0 bytes). {FETCH_AGAIN}")
 _UNFINISHED = FileKind("unfinished", "it is an unfinished download. Finish or repeat the download.")
 _GGUF = FileKind("gguf", f"it begins like a GGUF file. {FETCH_AGAIN}")
@@ -32,7 +32,7 @@ _OTHER = FileKind("other", f"it does not begin like one. {FETCH_AGAIN}")
 # The first bytes of files that people pass for checkpoints.
 _BEGINNINGS = {
   b"GGUF": _GGUF,
-  LFS: _LFS,
+  LFS_TEXT.encode(): LFS_POINTER,
   b"PK\x03\x04": FileKind("pytorch", _PYTORCH),
   b"\x80\x02": FileKind("pytorch", _PYTORCH),
   b"\x80\x03": FileKind("pytorch", _PYTORCH),
@@ -71,10 +71,6 @@ def describe(path: pathlib.Path) -> FileKind:
   if path.suffix == ".onnx":
     return FileKind("onnx", "it is an ONNX file. Pass a safetensors or GGUF version of the model.")
   return _text_kind(head) or _OTHER
-
-
-def is_lfs_pointer(text: str) -> bool:
-  return text.startswith(LFS.decode())
 
 
 def _text_kind(head: bytes) -> FileKind | None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import ml_dtypes
 import numpy as np
 
+from jaxfp8.checkpoint.readers.file_kinds import LFS_POINTER, LFS_TEXT
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -201,7 +202,10 @@ def read_text(path: pathlib.Path) -> str:
   if path.exists() and not path.is_file():
     raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     raise InputError(f"readers: cannot read {path}: {reason}. Fetch the file again.") from error
+  if text.startswith(LFS_TEXT):
+    raise InputError(f"readers: cannot read {path}: {LFS_POINTER.sentence}")
+  return text
