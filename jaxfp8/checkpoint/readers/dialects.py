@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.checkpoint.readers.safetensors_file import Header
+from jaxfp8.checkpoint.readers.safetensors_file import Header, read_tensor
 from jaxfp8.checkpoint.readers.source import FLOAT8, some_of
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import BLOCK
@@ -83,9 +83,12 @@ def recognize(
         "Pass the checkpoint that it was made from."
       )
   static, used = _static_scales(headers, weights)
+  unset = _remove_unset(static, headers)
   for name in [scale for scale, _ in weights.values()] + used:
     headers.pop(name, None)
   notes = config.disagreements(weights, static, headers)
+  if unset:
+    notes += (f"scales of keys and values that were never set (0 or -1) are ignored, such as {some_of(unset)}",)
   return Scheme(config.dialect if weights or config.names_scheme else "plain", weights, static, notes)
 
 
@@ -137,6 +140,22 @@ def _static_scales(headers: Mapping[str, Header], weights: Mapping[str, Any]) ->
       used += tensors
     used += [f"{layer}.{name}" for name in _UNUSED if f"{layer}.{name}" in headers]
   return static, used
+
+
+def _remove_unset(static: dict[str, str], headers: Mapping[str, Header]) -> list[str]:
+  """Removes the KV scales of layers in which one is 0 or -1, as vLLM and AutoFP8 write a scale that was never set.
+
+  Returns the tensors that are not set.
+  """
+  unset = []
+  for name, tensor in list(static.items()):
+    if not name.endswith(".input_scale") and isinstance(headers[tensor].dtype, np.dtype):
+      values = read_tensor(tensor, headers[tensor]).astype(np.float32)
+      if values.size and np.isin(values, (0, -1)).all():
+        unset.append(tensor)
+        for which in _KV_SCALES:
+          static.pop(f"{name.rpartition('.')[0]}.{which}_scale", None)
+  return list(dict.fromkeys(unset))
 
 
 @dataclasses.dataclass(frozen=True)

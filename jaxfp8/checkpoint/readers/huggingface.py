@@ -26,6 +26,7 @@ from jaxfp8.checkpoint.readers.source import (
   Source,
   check_finite,
   check_tensors,
+  check_zero_scales,
   expand_scale,
   expected_tensors,
 )
@@ -103,7 +104,10 @@ class HuggingFaceSource(Source):
   def read_scale(self, name: str) -> np.ndarray:
     scale, granularity = self._scheme.weights[name.removesuffix(".weight")]
     array = read_tensor(scale, self._all[scale]).astype(np.float32)
-    return expand_scale(scale, array, self.shape(name), granularity, self.path)
+    array = expand_scale(scale, array, self.shape(name), granularity, self.path)
+    if not array.all():
+      check_zero_scales(name, read_tensor(name, self._headers[name]), array, self.path)
+    return array
 
   def static_scales(self) -> tuple[str, ...]:
     return tuple(self._scheme.static)

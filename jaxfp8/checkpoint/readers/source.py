@@ -16,7 +16,7 @@ from jaxfp8.checkpoint.readers.file_kinds import LFS_POINTER, LFS_TEXT
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.recipe import BLOCK
+from jaxfp8.recipe import BLOCK, FLOAT8_MAX
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -168,17 +168,36 @@ def check_finite(name: str, array: np.ndarray, path: pathlib.Path) -> None:
 
 
 def expand_scale(name: str, scale: np.ndarray, shape: tuple[int, ...], granularity: str, path: pathlib.Path) -> np.ndarray:
-  """A scale as `Source.read_scale` promises it. Raises InputError unless it is finite and not negative."""
-  if not (np.isfinite(scale) & (scale >= 0)).all():
+  """A scale as `Source.read_scale` promises it. Raises InputError if it is negative, or 448 times it is not finite."""
+  good = (scale >= 0) & (scale <= np.finfo(np.float32).max / FLOAT8_MAX)
+  if not good.all():
     raise InputError(
-      f"readers: scales must be finite and not negative; {name} in {path} holds "
-      f"{scale[~(np.isfinite(scale) & (scale >= 0))].flat[0]}. Fetch the checkpoint again."
+      f"readers: scales must be finite and not negative, and 448 times a scale must be finite; {name} in {path} holds "
+      f"{scale[~good].flat[0]}. Fetch the checkpoint again."
     )
   if granularity == "tensor":
     return np.full(shape[:1], scale.reshape(()), np.float32)
   if granularity == "channel":
     return scale.reshape(-1)
   return scale.reshape(-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+
+
+def check_zero_scales(name: str, weight: np.ndarray, scale: np.ndarray, path: pathlib.Path) -> None:
+  """Raises InputError, naming the index, if a float8 weight [out, in] that is not zero has the scale zero.
+
+  Such a weight would become zero. Zeros may have any scale. `scale` is as `Source.read_scale` promises it.
+  """
+  for index in map(tuple, np.argwhere(scale == 0)):
+    start = [part * (1 if scale.ndim == 1 else BLOCK) for part in index]
+    size = (1, weight.shape[1]) if scale.ndim == 1 else (BLOCK, BLOCK)
+    row, column = (*start, 0)[:2]
+    bad = np.argwhere(weight[row : row + size[0], column : column + size[1]].view(np.uint8) & 0x7F)
+    if len(bad):
+      at = [int(row + bad[0][0]), int(column + bad[0][1])]
+      raise InputError(
+        f"readers: a weight that is not zero needs a scale that is not zero; {name} in {path} is {weight[tuple(at)]} at {at}, "
+        f"and its scale at {[int(part) for part in index]} is 0. Fetch the checkpoint again."
+      )
 
 
 def _not_finite(array: np.ndarray) -> np.ndarray:
