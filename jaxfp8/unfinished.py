@@ -3,6 +3,7 @@
     with unfinished(remove):        # registered before the first file is created
       ...                           # `remove()` runs if the block raises, KeyboardInterrupt included
     write_atomically(path, data)    # a small file: whole, or as it was before
+    with unfinished_folder(path) as temporary:    # a folder, which has its name at the end of the block
 
 A command that Ctrl-C or SIGTERM ends calls `abandon_unfinished` from its first thread while another thread still writes, and
 then leaves by `os._exit`. Refuses to know checkpoints.
@@ -10,9 +11,12 @@ then leaves by `os._exit`. Refuses to know checkpoints.
 
 import atexit
 import contextlib
+import fcntl
+import glob
 import os
 import pathlib
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 
@@ -43,6 +47,44 @@ def unfinished(remove: Callable[[], None]) -> Iterator[None]:
     raise
   finally:
     discard(owner)
+
+
+@contextlib.contextmanager
+def unfinished_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder beside `target`, which the end of the block renames to `target`; it is removed if the block raises.
+
+  First removes what killed processes left beside `target`: a process that still writes holds a lock on its folder. Raises
+  OSError.
+  """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  for folder in target.parent.glob(f"{glob.escape(target.name)}.writing-????????"):
+    with _locked(folder) as is_ours:
+      if is_ours:
+        shutil.rmtree(folder, ignore_errors=True)
+  temporary = target.with_name(f"{target.name}.writing-{secrets.token_hex(4)}")
+  with unfinished(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+    temporary.mkdir()
+    with _locked(temporary):
+      yield temporary
+      os.rename(temporary, target)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+  """Whether this process has the folder's lock during the block. The system releases it when a process ends."""
+  try:
+    descriptor = os.open(folder, os.O_RDONLY)
+  except OSError:  # it is gone
+    yield False
+    return
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    yield False
+  else:
+    yield True
+  finally:
+    os.close(descriptor)
 
 
 def abandon_unfinished() -> None:

@@ -4,14 +4,14 @@
     X.input_scale F32 (1,), self_attn.k_scale, v_scale F32 (1,) or (num_kv_heads, 1, 1)    if the checkpoint has them
     every weight that is not float8 in its own dtype, and its module in `ignore`
 
-Values and scales are the checkpoint's, bit for bit. One shard is in memory at a time.
+Values and scales are the checkpoint's, bit for bit. One shard is in memory at a time. quantization_config says what the
+checkpoint's recipe computes: a group for each pair of weight scales and activations, with the names of its modules as targets.
+Scales that the recipe does not use are left out.
 """
 
 import json
 import os
 import pathlib
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,11 +19,13 @@ import numpy as np
 
 from jaxfp8.checkpoint.convert import ReportProgress
 from jaxfp8.checkpoint.open import Checkpoint
+from jaxfp8.checkpoint.stored_arrays import MERGED_MATRICES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.writer import sync_tree
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
-from jaxfp8.unfinished import unfinished
+from jaxfp8.recipe import BLOCK, Precision
+from jaxfp8.unfinished import unfinished_folder
 
 _SHARD_BYTES = 2 << 30
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block128": "block"}
@@ -40,10 +42,8 @@ def export_checkpoint(
   output = pathlib.Path(output).absolute()
   if output.exists():
     raise InputError(f"export: {output} exists already. Pass another folder, or remove it first.")
-  temporary = output.with_name(f"{output.name}.writing-{secrets.token_hex(4)}")
   try:
-    with unfinished(lambda: shutil.rmtree(temporary, ignore_errors=True)):
-      temporary.mkdir(parents=True)
+    with unfinished_folder(output) as temporary:
       config = config_to_hf(source.config) | {"quantization_config": _scheme(source)}
       config["dtype"] = config["torch_dtype"] = {"bf16": "bfloat16", "f32": "float32"}[source.manifest.recipe.stream]
       _write_tensors(source, temporary, progress)
@@ -52,7 +52,6 @@ def export_checkpoint(
       if source.manifest.tokenizer:
         _write_tokenizer(source.manifest.tokenizer, temporary)
       sync_tree(temporary)
-      os.rename(temporary, output)
   except OSError as error:
     reason = os.strerror(error.errno) if error.errno else str(error)
     raise InputError(
@@ -95,28 +94,21 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _scheme(source: Checkpoint) -> dict[str, Any]:
-  """The quantization_config: one group for each granularity."""
-  by_kind: dict[str, list[str]] = {}
+  """The quantization_config: one group for each granularity and kind of activations."""
   modules = [name.removesuffix(".weight") for name in source.names() if len(source.shape(name)) == 2]
+  groups: dict[tuple[str, str], list[str]] = {}
+  plain = ["lm_head"] if source.config.tied_embeddings else []
   for module in modules:
-    by_kind.setdefault(source.granularity(f"{module}.weight") or "plain", []).append(module)
-  plain = [module for module in by_kind.pop("plain", []) if module != "model.embed_tokens"]
-  if "model.embed_tokens" in [module for kind in by_kind.values() for module in kind]:
+    if kind := source.granularity(f"{module}.weight"):
+      groups.setdefault((kind, _activations(source, module)), []).append(module)
+    elif module != "model.embed_tokens":  # no Linear
+      plain.append(module)
+  if any("model.embed_tokens" in names for names in groups.values()):
     raise InputError("export: compressed-tensors has no float8 embeddings. Convert with --keep_bf16=embed_tokens first.")
-  if not by_kind:
+  if not groups:
     raise InputError(
       f"export: {source.path} holds no float8 weights, and compressed-tensors is for those. Pass a float8 checkpoint."
     )
-  if source.config.tied_embeddings:
-    plain.append("lm_head")
-  static = {name.rpartition(".")[0] for name in source.static_scales() if name.endswith(".input_scale")}
-  groups = {}
-  for kind, names in by_kind.items():
-    inputs = _inputs(kind, all(name in static for name in names), source.manifest.recipe.activation_dtype)
-    targets = ["Linear"] if len(by_kind) == 1 else names
-    groups[f"group_{len(groups)}"] = {
-      "targets": targets, "weights": _weights(kind), "input_activations": inputs, "output_activations": None,
-    }  # fmt: skip
   return {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
@@ -124,8 +116,24 @@ def _scheme(source: Checkpoint) -> dict[str, Any]:
     "global_compression_ratio": None,
     "ignore": plain,
     "kv_cache_scheme": _kv_scheme(source),
-    "config_groups": groups,
+    "config_groups": {
+      f"group_{index}": {
+        "targets": ["Linear"] if len(groups) == 1 else names,
+        "weights": _weights(kind),
+        "input_activations": _inputs(kind, activations),
+        "output_activations": None,
+      }
+      for index, ((kind, activations), names) in enumerate(groups.items())
+    },
   }
+
+
+def _activations(source: Checkpoint, module: str) -> str:
+  """How the inputs of a float8 matrix are rounded: "static", "dynamic", or "none" (also for one that is dequantized)."""
+  activations = source.manifest.recipe.activations
+  if activations.dynamic is not Precision.FP8 or module in source.exceptions:
+    return "none"
+  return "static" if activations.is_static else "dynamic"
 
 
 def _arguments(strategy: str, dynamic: bool, **more) -> dict[str, Any]:
@@ -137,19 +145,25 @@ def _weights(kind: str) -> dict[str, Any]:
   return _arguments(_STRATEGIES[kind], False, observer="minmax", **blocks)
 
 
-def _inputs(kind: str, static: bool, activations: str) -> dict[str, Any] | None:
-  if activations != "fp8":
+def _inputs(kind: str, activations: str) -> dict[str, Any] | None:
+  if activations == "none":
     return None
-  if static:
+  if activations == "static":
     return _arguments("tensor", False)
-  return _arguments("group", True, group_size=128) if kind == "block128" else _arguments("token", True)
+  return _arguments("group", True, group_size=BLOCK) if kind == "block128" else _arguments("token", True)
 
 
 def _kv_scheme(source: Checkpoint) -> dict[str, Any] | None:
-  names = [name for name in source.static_scales() if name.endswith((".k_scale", ".v_scale"))]
+  names = _kv_scales(source)
   if not names:
     return None
   return _arguments("tensor" if all(_equal(source.read_static(name)) for name in names) else "attn_head", False)
+
+
+def _kv_scales(source: Checkpoint) -> list[str]:
+  """The names of the scales of keys and values; none unless every layer has both, since the scheme is one for all layers."""
+  names = [name for name in source.static_scales() if name.endswith((".k_scale", ".v_scale"))]
+  return names if len(names) == 2 * source.config.num_layers else []
 
 
 def _equal(scales: np.ndarray) -> bool:
@@ -166,12 +180,25 @@ def _tensors(source: Checkpoint) -> Iterator[tuple[str, int, Callable[[], np.nda
       out = source.shape(name)[0]
       yield f"{name}_scale", 4 * out, lambda name=name: _stored_scale(source, name)
   for name in source.static_scales():
-    heads = per_head and not name.endswith(".input_scale")
-    yield name, 4, lambda name=name, heads=heads: _stored_static(source.read_static(name), heads)
+    module = name.removesuffix(".input_scale")
+    if module != name and source.granularity(f"{module}.weight") and _activations(source, module) == "static":
+      yield name, 4, lambda name=name: _input_scale(source, name)
+  for name in _kv_scales(source):
+    yield name, 4, lambda name=name: _kv_scale(source.read_static(name), per_head)
 
 
-def _stored_static(scale: np.ndarray, heads: bool) -> np.ndarray:
-  return scale.reshape(-1, 1, 1) if heads else scale.reshape(-1)[:1]
+def _input_scale(source: Checkpoint, name: str) -> np.ndarray:
+  """[1]: the scale that the model multiplies with, the largest of the matrices that are merged with this one."""
+  layer, matrix = name.removeprefix("model.layers.").removesuffix(".input_scale").split(".", 1)
+  (merged,) = (merged for merged, matrices in MERGED_MATRICES.items() if matrix in matrices)
+  names = [name]
+  if not source.formats[int(layer)].is_split(merged):
+    names = [f"model.layers.{layer}.{other}.input_scale" for other in MERGED_MATRICES[merged]]
+  return np.max([source.read_static(other).reshape(1) for other in names], axis=0)
+
+
+def _kv_scale(scale: np.ndarray, per_head: bool) -> np.ndarray:
+  return scale.reshape(-1, 1, 1) if per_head else scale.reshape(-1)[:1]
 
 
 def _stored_scale(source: Checkpoint, name: str) -> np.ndarray:
