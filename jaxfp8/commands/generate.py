@@ -49,7 +49,7 @@ _sampling_flags(
   flags.DEFINE_float, "frequency_penalty", 0.0, "Subtracted from a token's logit once for each of its uses in the answer."
 )
 _sampling_flags(flags.DEFINE_float, "presence_penalty", 0.0, "Subtracted once from the logit of every token of the answer.")
-_sampling_flags(flags.DEFINE_integer, "seed", 0, "Seed of the sampling; equal seeds give equal text.")
+_sampling_flags(flags.DEFINE_integer, "seed", 0, "Seed of the sampling, 0 .. 2^64 - 1; equal seeds give equal text.")
 _sampling_flags(flags.DEFINE_multi_string, "stop", [], "End an answer before this string or special token. Repeatable.")
 _sampling_flags(flags.DEFINE_list, "stop_token_ids", [], "End an answer at these tokens: ids with commas between them.")
 

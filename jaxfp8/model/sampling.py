@@ -11,8 +11,6 @@ Order: penalties, temperature, top-k, top-p among the tokens that top-k kept, mi
 Refuses to know requests, text and how logits are computed.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,82 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfp8.errors import InputError
+from jaxfp8.model.sampling_params import SamplingParams, as_float32
 from jaxfp8.sharding import Axes, gather_over, index_over, max_over, sum_over
 
-MAX_SEED = 2**32 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-  """The options of one request: how tokens are chosen, and when the answer ends.
-
-  temperature: 0 is greedy.
-  repetition_penalty: above 0; 1 is none. Divides positive and multiplies negative logits of tokens in the prompt or the answer.
-  frequency_penalty: -2 .. 2. Subtracted from a token's logit once for every occurrence of the token in the answer.
-  presence_penalty: -2 .. 2. Subtracted once if the token occurs in the answer. Penalties act first, on greedy choices too.
-  top_k: 0 keeps all. top_p in (0, 1]; min_p in [0, 1).
-  seed: 0 .. 2^32 - 1. max_new_tokens: at least 1.
-  stop_token_ids: tokens that end the text, besides the end tokens of model and tokenizer unless ignore_eos; the token is not
-    part of the text.
-  stop: strings that end the text; the first such string and all text after it are dropped. A string that is one special token
-    of the tokenizer, such as "<|eot_id|>", ends the text at that token too, although special tokens have no text.
-  logprobs: the number of most probable tokens to report beside the chosen one; None reports no log-probabilities.
-
-  Raises InputError, naming the option and its rule, for values outside of these ranges.
-  """
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  seed: int = 0
-  max_new_tokens: int = 256
-  stop: tuple[str, ...] = ()
-  stop_token_ids: tuple[int, ...] = ()
-  ignore_eos: bool = False
-  logprobs: int | None = None
-  repetition_penalty: float = 1.0
-  frequency_penalty: float = 0.0
-  presence_penalty: float = 0.0
-
-  def __post_init__(self):
-    rules = (
-      ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
-      ("top_k", 0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2^31"),
-      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-      ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-      ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
-      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-      ("stop", _all(self.stop, lambda s: isinstance(s, str) and s), "strings that are not empty, in a tuple"),
-      ("stop_token_ids", _all(self.stop_token_ids, _is_token_id), "token ids, in a tuple"),
-      ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 and finite"),
-      ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-      ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
-      ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
-    )
-    for name, holds, rule in rules:
-      if not holds:
-        raise InputError(f"sampling: {name} must be {rule}; got {getattr(self, name)!r}.")
-
-
-def _all(values: Any, holds: Callable[[Any], Any]) -> bool:
-  return isinstance(values, (tuple, list)) and all(map(holds, values))
-
-
-def _is_token_id(value: Any) -> bool:
-  return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 0
+_LARGEST_LOGIT = 1e8  # of a penalized token; divided by the least temperature it is still a float32
 
 
 @flax.struct.dataclass
 class SamplingBatch:
-  """The numbers of B requests' SamplingParams: float32 or (u)int32 [B] each. num_prompt_B: tokens of each prompt."""
+  """The numbers of B requests' SamplingParams: float32 or int32 [B] each.
+
+  seed_B2: uint32 [B, 2], the high and the low word of each seed. num_prompt_B: tokens of each prompt.
+  """
 
   temperature_B: jax.Array
   top_k_B: jax.Array
   top_p_B: jax.Array
   min_p_B: jax.Array
-  seed_B: jax.Array
+  seed_B2: jax.Array
   repetition_B: jax.Array
   frequency_B: jax.Array
   presence_B: jax.Array
@@ -106,15 +46,19 @@ class SamplingBatch:
   def of(cls, params: list[SamplingParams | None], num_prompt: list[int] | None = None) -> "SamplingBatch":
     """From each row's SamplingParams and number of prompt tokens. None is an empty row, which is sampled greedily."""
     rows = [p or SamplingParams() for p in params]
+
+    def floats(name: str) -> Any:
+      return _host_array([as_float32(name, getattr(p, name)) for p in rows], np.float32)
+
     return cls(
-      temperature_B=_host_array([p.temperature for p in rows], np.float32),
+      temperature_B=floats("temperature"),
       top_k_B=_host_array([p.top_k for p in rows], np.int32),
-      top_p_B=_host_array([p.top_p for p in rows], np.float32),
-      min_p_B=_host_array([p.min_p for p in rows], np.float32),
-      seed_B=_host_array([p.seed for p in rows], np.uint32),
-      repetition_B=_host_array([p.repetition_penalty for p in rows], np.float32),
-      frequency_B=_host_array([p.frequency_penalty for p in rows], np.float32),
-      presence_B=_host_array([p.presence_penalty for p in rows], np.float32),
+      top_p_B=floats("top_p"),
+      min_p_B=floats("min_p"),
+      seed_B2=_host_array([(int(p.seed) >> 32, int(p.seed) & 0xFFFFFFFF) for p in rows], np.uint32),
+      repetition_B=floats("repetition_penalty"),
+      frequency_B=floats("frequency_penalty"),
+      presence_B=floats("presence_penalty"),
       num_prompt_B=_host_array(num_prompt or [0] * len(rows), np.int32),
     )
 
@@ -169,7 +113,7 @@ def sample(
   def drawn():
     scaled = penalized / jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
     kept = _cut(scaled, params, axes)
-    noise = _noise(params.seed_B, position_B, vocab_size, logits_BV.shape[1], axes)
+    noise = _noise(params.seed_B2, position_B, vocab_size, logits_BV.shape[1], axes)
     return jnp.where((params.temperature_B > 0)[:, None], kept + noise, penalized)
 
   with jax.named_scope("sample.choice"):
@@ -199,7 +143,7 @@ def _penalized(logits_BV, params: SamplingBatch, length_B, history_BS, axes: Axe
     counts = jnp.zeros((rows, size), jnp.int32).at[row, jnp.where(in_answer, local, size)].add(1, mode="drop")
     repetition = params.repetition_B[:, None]
     logits = jnp.where(logits_BV > 0, logits_BV / repetition, logits_BV * repetition)
-    logits = jnp.where(counts_in_text > 0, logits, logits_BV)
+    logits = jnp.where(counts_in_text > 0, jnp.clip(logits, -_LARGEST_LOGIT, _LARGEST_LOGIT), logits_BV)
     return logits - params.frequency_B[:, None] * counts - params.presence_B[:, None] * (counts > 0)
 
   needed = jnp.any((params.repetition_B != 1) | (params.frequency_B != 0) | (params.presence_B != 0))
@@ -260,13 +204,17 @@ def _sum(x_BV):
   return total[:, 0]
 
 
-def _noise(seed_B, position_B, vocab_size: int, local_size: int, axes: Axes):
-  """This device's part of each row's Gumbel noise [B, V], which is drawn for the whole vocabulary: the same for every mesh."""
+def _noise(seed_B2, position_B, vocab_size: int, local_size: int, axes: Axes):
+  """This device's part of each row's Gumbel noise [B, V], which is drawn for the whole vocabulary: the same for every mesh.
+
+  The two words of a seed are the key of Threefry, as in `jax.random.key` of a 64-bit integer.
+  """
 
   def row(seed, position):
-    return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab_size,))
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
 
-  noise = jax.vmap(row)(seed_B, position_B)
+  noise = jax.vmap(row)(seed_B2, position_B)
   if axes is None:
     return jnp.pad(noise, ((0, 0), (0, local_size - vocab_size)))
   padded = jnp.pad(noise, ((0, 0), (0, local_size)))

@@ -197,7 +197,7 @@ class CompiledSteps:
     else:
       batch = DecodeBatch(tokens, lengths, table)
     B = (shards * rows,)
-    seeds = abstract_array(B, jnp.uint32)
+    seeds = abstract_array((*B, 2), jnp.uint32)
     sampling = SamplingBatch(floats(B), ints(B), floats(B), floats(B), seeds, floats(B), floats(B), floats(B), ints(B))
     return StepInput(batch, ints(B), abstract_array(B, jnp.bool_), sampling)
 

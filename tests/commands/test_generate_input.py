@@ -96,10 +96,14 @@ FLAGS = {
   "no tokens": (["--prompt", "x", "--max_new_tokens", "0"], r"max_new_tokens must be at least 1; got 0"),
   "negative temperature": (["--prompt", "x", "--temperature", "-1"], r"temperature must be at least 0 and finite; got -1"),
   "infinite temperature": (["--prompt", "x", "--temperature", "inf"], r"finite; got inf"),
+  "temperature that float32 cannot hold": (
+    ["--prompt", "x", "--temperature", "1e39"],
+    r"temperature must be at least 0 and finite; got 1e\+39, which is inf in float32",
+  ),
   "top_k too large": (["--prompt", "x", "--top_k", "99999999999"], r"top_k must be .*; got 99999999999"),
   "top_p zero": (["--prompt", "x", "--top_p", "0"], r"top_p must be above 0 and at most 1; got 0"),
   "min_p one": (["--prompt", "x", "--min_p", "1"], r"min_p must be at least 0 and below 1; got 1"),
-  "negative seed": (["--prompt", "x", "--seed", "-1"], r"seed must be between 0 and 4294967295; got -1"),
+  "negative seed": (["--prompt", "x", "--seed", "-1"], r"seed must be between 0 and 18446744073709551615; got -1"),
   "empty stop string": (["--prompt", "x", "--stop", ""], r"stop must be strings that are not empty"),
   "tensor that does not divide": (
     ["--prompt", "x", "--tensor", "3"],
