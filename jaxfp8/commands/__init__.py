@@ -2,6 +2,7 @@
 
     main       the names of the commands
     command    parsing, errors, exit codes, signals; command_help writes the help texts
+    streams    stdin, stdout, stderr and locales; platforms chooses devices; prompt_files reads prompts
     generate   answers prompts (answers: printing and conversation); chat is its interactive form
     plan, convert, inspect, export, calibrate, evaluate, benchmark, compile, validate_gpu, env
 

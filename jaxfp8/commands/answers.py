@@ -51,15 +51,20 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
   from jaxfp8.serving import followers
   from jaxfp8.serving.engine import Request
 
-  history, completions = list(system), []
+  history, completions, first = list(system), [], True
   while True:
     if sys.stdin.isatty():
       print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
+    if first:
+      line, first = line.removeprefix("\ufeff"), False
     if not line:
       followers.share(None)
       return completions
     if not line.strip():
+      continue
+    if not _is_text(line):
+      print(f"generate: a prompt must be UTF-8 text; got {line.strip()[:40]!a}. Convert it to UTF-8.", file=sys.stderr)
       continue
     turn = [*history, {"role": "user", "content": line.strip()}]
     try:
@@ -73,3 +78,8 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
     completions.append(completion)
     if chat:
       history = [*turn, {"role": "assistant", "content": completion.text}]
+
+
+def _is_text(line: str) -> bool:
+  """Whether the bytes that this line was read from are UTF-8."""
+  return not any("\udc80" <= character <= "\udcff" for character in line)

@@ -172,7 +172,9 @@ def _plot(rows: list[dict], path: str) -> None:
   save_figure(figure, path)
 
 
-COMMAND = Command("benchmark", main, FLAGS, topics=(_cases, _runs, _execution), json_help="Print only the JSON list.")
+COMMAND = Command(
+  "benchmark", main, FLAGS, topics=(_cases, _runs, _execution), json_help="Print only the JSON list.", keeps_cache=True
+)
 
 
 if __name__ == "__main__":

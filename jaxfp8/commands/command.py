@@ -11,14 +11,13 @@ imports modules that load jax inside its `main`. `run` has then parsed the flags
 answered at once, and a machine with the CUDA wheels but no driver shows no traceback of JAX.
 """
 
-import contextlib
 import dataclasses
 import inspect
-import io
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,11 +26,18 @@ from absl import flags
 
 from jaxfp8 import unfinished
 from jaxfp8.child_process import INTERRUPTED
+from jaxfp8.commands import platforms, streams
+from jaxfp8.commands.platforms import choose_platform
 from jaxfp8.errors import InputError, silence_libraries
 
 DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
 # It loads jax, and is asked to stop only in a process that has imported it. A test looks up the name.
 PROCESSES_MODULE = "jaxfp8.distributed.processes"
+# Flags that hold a path, or a list of paths: a shell leaves the ~ in --checkpoint=~/model to the program.
+PATH_FLAGS = (
+  "cache_dir", "calibration_text", "checkpoint", "device", "folder", "input", "model", "output", "plot", "profile",
+  "prompt_file", "save", "text",
+)  # fmt: skip
 TERMINATED = 143  # the exit code of a program that SIGTERM ended
 _excepthook = sys.excepthook
 _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # clears the line and shows the cursor that an interrupted progress bar has hidden
@@ -69,6 +75,7 @@ class Command:
   required: names of the flags without which the command is refused.
   preset: arguments that stand before the user's.
   json_help: the help text of --json; empty for a command without this flag.
+  uses_devices: whether it imports jax. keeps_cache: whether it goes on without a --cache_dir that cannot be written.
   stray_advice: the last sentence of the error about an argument that no flag takes; {argument} stands for it.
   """
 
@@ -80,6 +87,8 @@ class Command:
   required: tuple[str, ...] = ()
   preset: tuple[str, ...] = ()
   json_help: str = ""
+  uses_devices: bool = True
+  keeps_cache: bool = False
   stray_advice: str = "Run with --help to see them."
 
   def __post_init__(self):
@@ -96,6 +105,13 @@ class Command:
   def parse(self, arguments: Sequence[str]) -> None:
     """Sets `flags` from the arguments. Raises InputError or flags.Error for unusable ones."""
     self.flags([self.name, *self._as_flags([*self.preset, *arguments])])
+    for name in PATH_FLAGS:
+      if name in self.flags and (value := self.flags[name].value):
+        self.flags[name].value = (
+          [os.path.expanduser(path) for path in value] if isinstance(value, list) else os.path.expanduser(value)
+        )
+    if self.keeps_cache:
+      self.flags["cache_dir"].value = _usable_cache_dir(self.flags["cache_dir"].value or "")
     for name in self.required:
       if self.flags[name].value in (None, "", []):
         raise InputError(f"{self.name}: --{name} must be given. Run with --help to see the flags.")
@@ -148,38 +164,57 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
   InputError and unusable flags print one sentence on stderr and exit with code 1; --debug shows the traceback.
   Ctrl-C and SIGTERM end the process at once and remove half-written checkpoints.
   """
+  streams.start_again_in_utf8()
   arguments = sys.argv[1:] if arguments is None else list(arguments)
-  choose_platform()
-  for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-    if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(errors=errors)
-  if {"--help", "-h", "-help"} & set(arguments):
-    from jaxfp8.commands.command_help import format_help
 
-    print(format_help(command))
-    sys.exit(0)
-  if {"--version", "-version"} & set(arguments):
-    print_version()
-    sys.exit(0)
+  def main() -> int | None:
+    choose_platform()
+    if {"--help", "-h", "-help"} & set(arguments):
+      from jaxfp8.commands.command_help import format_help
+
+      print(format_help(command))
+    elif {"--version", "-version"} & set(arguments):
+      print_version()
+    else:
+      command.parse(arguments)
+      if not command.flags.debug:
+        silence_libraries()
+      if command.uses_devices:
+        platforms.check_xla_flags()
+      return _run_interruptibly(command.main)
+    return 0
+
+  end_with(main, command.name, debug="--debug" in arguments)
+
+
+def end_with(main: Callable[[], int | None], name: str, *, debug: bool = False) -> None:
+  """Runs `main` with usable streams and exits with its code; an error is one sentence on stderr and code 1."""
   try:
-    command.parse(arguments)
-    if not command.flags.debug:
-      silence_libraries()
-    code = _run_interruptibly(command.main)
+    streams.prepare()
+    code = main()
     sys.stdout.flush()
   except (InputError, flags.Error) as error:
-    if "--debug" in arguments:
+    if debug:
       raise
     _say(_one_line(error) + ("" if isinstance(error, InputError) else ". Run with --help to see the flags."))
+    streams.finish_stdout()
     code = 1
   except BrokenPipeError:  # the process that reads this one's output has ended
-    with contextlib.suppress(OSError):
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    streams.finish_stdout()
     code = 1
-  except Exception:
-    if not (processes := sys.modules.get(PROCESSES_MODULE)) or processes.count() == 1:
+  except OSError as error:  # a disk, a terminal or a folder of the system
+    if debug:
       raise
-    traceback.print_exc()
+    place = f" ({error.filename})" if error.filename else ""
+    _say(f"{name}: the system refused: {error.strerror or _one_line(error)}{place}. Run with --debug to see where.")
+    code = 1
+  except Exception as error:
+    if not debug and (sentence := platforms.explain(error)):
+      _say(sentence)
+    elif (processes := sys.modules.get(PROCESSES_MODULE)) and processes.count() > 1:
+      traceback.print_exc()
+    else:
+      raise
     code = 1
   if processes := sys.modules.get(PROCESSES_MODULE):
     processes.leave(code or 0)
@@ -233,14 +268,22 @@ def _stop(code: int) -> None:
   os._exit(code)
 
 
-def choose_platform() -> None:
-  """Sets JAX_PLATFORMS=cpu on a machine without an NVIDIA driver, unless it is set. To be called before jax is imported."""
-  driver = any(pathlib.Path("/dev").glob("nvidia[0-9]*")) or any(
-    pathlib.Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/nvhost-gpu")
+def _usable_cache_dir(cache_dir: str) -> str:
+  """The folder, or "" with a sentence on stderr if nothing can be written there: a run without a cache is only slower."""
+  if not cache_dir:
+    return ""
+  try:
+    folder = pathlib.Path(cache_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return str(folder)
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
+  _say(
+    f"cache: cannot write {cache_dir}: {reason}. This run goes on without a cache. "
+    'Pass another --cache_dir, or --cache_dir="" for none.'
   )
-  if not driver:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  return ""
 
 
 def keep_compiled_programs(cache_dir: str) -> None:

@@ -19,6 +19,7 @@ import sys
 
 from absl import flags
 
+from jaxfp8 import host_memory
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.units import format_bytes
@@ -46,15 +47,16 @@ def main() -> int:
 def collect(cache_dir: str) -> dict:
   """All facts as plain values. Never fails on something that is missing."""
   packages = {name: _version(name) for name in (*PACKAGES, *CUDA_PLUGINS)}
+  memory, available = host_memory.memory_bytes()
   facts = {
     "packages": {name: version for name, version in packages.items() if version or name not in CUDA_PLUGINS},
     "python": platform.python_version(),
     "executable": sys.executable,
     "os": platform.platform(),
     "cpu": _cpu_name(),
-    "cores": _usable_cores(),
-    "memory_bytes": _meminfo("MemTotal"),
-    "available_memory_bytes": _meminfo("MemAvailable"),
+    "cores": host_memory.usable_cores(),
+    "memory_bytes": memory,
+    "available_memory_bytes": available,
     "gpus": gpus(),
     "driver": driver_version(),
     "cache_dir": cache_dir,
@@ -149,15 +151,6 @@ def _cpu_name() -> str:
   return match[1].strip() if match else platform.processor() or platform.machine() or _UNKNOWN
 
 
-def _usable_cores() -> int | None:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _meminfo(name: str) -> int | None:
-  match = re.search(rf"^{name}:\s*(\d+) kB", _read(pathlib.Path("/proc/meminfo")), re.MULTILINE)
-  return int(match[1]) * 1024 if match else None
-
-
 def _read(path: pathlib.Path) -> str:
   try:
     return path.read_text(encoding="utf-8", errors="replace")
@@ -185,7 +178,7 @@ def format_facts(facts: dict) -> str:
   return "\n".join([*lines, "", *(facts["findings"] or ["No problem found."])])
 
 
-COMMAND = Command("env", main, FLAGS, topics=(_execution,), json_help="Print one JSON object.")
+COMMAND = Command("env", main, FLAGS, topics=(_execution,), json_help="Print one JSON object.", uses_devices=False)
 
 
 if __name__ == "__main__":

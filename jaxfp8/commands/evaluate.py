@@ -290,6 +290,7 @@ COMMAND = Command(
   FLAGS,
   topics=(_recipes, _text, _costs, _calibration, _single, _gate, _execution),
   json_help="Print only the JSON object.",
+  keeps_cache=True,
 )
 
 

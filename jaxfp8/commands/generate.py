@@ -13,14 +13,13 @@ process reads the prompts and prints the answers.
 import contextlib
 import dataclasses
 import json
-import pathlib
 import re
 import sys
 import time
 
 from absl import flags
 
-from jaxfp8.commands import answers, command, profiling
+from jaxfp8.commands import answers, command, profiling, prompt_files, streams
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.distributed.environment import ProcessPlace
 from jaxfp8.errors import InputError
@@ -167,9 +166,11 @@ def _read_prompts() -> list[str]:
     raise InputError("generate: --chat and --raw exclude each other. Pass one of them, or neither.")
   if FLAGS.raw and FLAGS.system:
     raise InputError("generate: --system is part of a chat; got it with --raw. Leave one of them out.")
-  prompts = [*FLAGS.prompt, *(_read_file(name) for name in FLAGS.prompt_file)]
-  if FLAGS.interactive and (prompts or FLAGS.json):
+  if FLAGS.interactive and (FLAGS.prompt or FLAGS.prompt_file or FLAGS.json):
     raise InputError("generate: --interactive reads prompts from the terminal. Leave out --prompt, --prompt_file and --json.")
+  if FLAGS.interactive:
+    streams.require_stdin("generate")
+  prompts = [*FLAGS.prompt, *map(prompt_files.read, FLAGS.prompt_file)]
   if not FLAGS.interactive and not prompts:
     raise InputError('generate: there is no prompt. Pass --prompt="Why is the sky blue?", --prompt_file or --interactive.')
   if not all(prompt.strip() for prompt in prompts):
@@ -180,14 +181,6 @@ def _read_prompts() -> list[str]:
     except UnicodeEncodeError as error:
       raise InputError(f"generate: a prompt must be UTF-8 text; got {prompt[:40]!a}. Convert it to UTF-8.") from error
   return prompts
-
-
-def _read_file(name: str) -> str:
-  try:
-    return sys.stdin.read() if name == "-" else pathlib.Path(name).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-    raise InputError(f"generate: cannot read --prompt_file={name}: {reason}. Pass a text file.") from error
 
 
 def _sampling():
@@ -279,6 +272,7 @@ COMMAND = Command(
   FLAGS,
   topics=_TOPICS,
   json_help="Print one JSON object at the end, instead of streaming text.",
+  keeps_cache=True,
   stray_advice="Write --prompt={argument} for a prompt.",
 )
 

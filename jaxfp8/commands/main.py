@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
-from jaxfp8.commands import command
+from jaxfp8.commands import command, streams
+from jaxfp8.errors import InputError
 
 # Name: (module in jaxfp8.commands, one line for `jaxfp8 --help`).
 COMMANDS = {
@@ -26,17 +28,15 @@ _HINT = "Run `jaxfp8 --help` for the list of commands."
 
 def main() -> None:
   """Runs the command that the first argument names, and exits with its code."""
+  streams.start_again_in_utf8()
   name, *arguments = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "-help", "help"):
-    print(help_text())
-    sys.exit(0)
+    command.end_with(lambda: print(help_text()), "jaxfp8")
   if name in ("--version", "-version"):
-    command.print_version()
-    sys.exit(0)
+    command.end_with(command.print_version, "jaxfp8")
   name = name.replace("_", "-")
   if name not in COMMANDS:
-    print(_unknown(name), file=sys.stderr)
-    sys.exit(1)
+    command.end_with(lambda: _refuse(name), "jaxfp8")
   module = importlib.import_module(f"jaxfp8.commands.{COMMANDS[name][0]}")
   command.run(module.COMMAND, arguments)
 
@@ -57,9 +57,9 @@ def help_text() -> str:
   )
 
 
-def _unknown(name: str) -> str:
+def _refuse(name: str) -> NoReturn:
   near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5) or [
     command_name for command_name in COMMANDS if command_name.startswith(name[:2])
   ]
   suggestion = f" Did you mean {' or '.join(near)}?" if near else ""
-  return f"jaxfp8: there is no command {name!r}.{suggestion} {_HINT}"
+  raise InputError(f"jaxfp8: there is no command {name!r}.{suggestion} {_HINT}")

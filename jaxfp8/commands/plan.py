@@ -205,6 +205,7 @@ COMMAND = Command(
   topics=(_deployment, _workload, _precision, _measured, _speculation, _execution),
   positionals=("model", "device"),
   json_help="Print one JSON object instead of tables.",
+  uses_devices=False,
 )
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import platform
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfp8 import host_memory
 from jaxfp8.config import configs_folder, find_config, read_toml
 from jaxfp8.errors import InputError
 from jaxfp8.unfinished import write_atomically
@@ -157,7 +157,7 @@ def measure_cpu(cache_dir: str = "", again: bool = False) -> DeviceSpec:
   memory in use by others is read afresh.
   """
   flags, model = _cpu_facts()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  cores = host_memory.usable_cores()
   key = f"{model}, {cores} cores"
   path = pathlib.Path(cache_dir).expanduser() / f"cpu-{platform.node() or 'host'}.json" if cache_dir else None
   rates = _read_rates(path, key) if path and not again else None
@@ -166,7 +166,7 @@ def measure_cpu(cache_dir: str = "", again: bool = False) -> DeviceSpec:
     if path:
       _write_rates(path, {"key": key, **rates})
   faster = 8.0 if "amx_bf16" in flags else 2.0 if "avx512_bf16" in flags else 1.0
-  total, available = _memory_bytes()
+  total, available = host_memory.memory_bytes()
   return DeviceSpec(
     name=CPU,
     title=f"this machine: {key}",
@@ -201,17 +201,6 @@ def _cpu_facts() -> tuple[frozenset[str], str]:
     elif name.strip() == "model name":
       model = value.strip()
   return flags, model
-
-
-def _memory_bytes() -> tuple[int, int]:
-  """(total, available now) in bytes; without /proc/meminfo everything counts as available."""
-  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  try:
-    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-  except OSError:
-    return total, total
-  values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-  return total, min(total, values.get("MemAvailable", total))
 
 
 def _measure_bandwidth(cores: int) -> float:

@@ -3,13 +3,14 @@
 Functions that take a mesh give the same answer in every process.
 """
 
-import resource
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
+from jaxfp8.host_memory import memory_bytes
+from jaxfp8.host_memory import peak_bytes as peak_bytes
 from jaxfp8.model.kv_cache import KVCache
 from jaxfp8.model.llama import Llama
 from jaxfp8.serving.limits import EngineLimits
@@ -17,11 +18,9 @@ from jaxfp8.sharding import KV
 
 
 def free_bytes(device: Any) -> int:
-  """Bytes that this process may still allocate on `device`. On a CPU: the operating system's MemAvailable."""
+  """Bytes that this process may still allocate on `device`. On a CPU: what the machine and the container have left."""
   if device.platform == "cpu":
-    with open("/proc/meminfo", encoding="ascii") as file:
-      fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return memory_bytes()[1]
   stats = device.memory_stats() or {}
   return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
 
@@ -55,15 +54,3 @@ def require_kv_fits(model: Llama, limits: EngineLimits, mesh: Mesh) -> int:
       f"{free / 1e9:.2f} GB are free. Use fewer or shorter sequences, or --kv_cache=fp8."
     )
   return pool
-
-
-def peak_bytes() -> int:
-  """The peak resident memory of this process, in bytes.
-
-  Without /proc, getrusage gives the peak, which includes the memory of the parent when it started this process.
-  """
-  try:
-    with open("/proc/self/status", encoding="ascii") as file:
-      return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-  except (OSError, StopIteration):
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
