@@ -48,6 +48,8 @@ class _Remarks(io.FileIO):
 def prepare() -> None:
   """Makes the three streams usable; a second call changes nothing. Raises InputError if stdout is closed."""
   reserve_descriptors()
+  if os.environ.get("COLUMNS", "1").strip("0") == "":
+    del os.environ["COLUMNS"]  # tables of no width show nothing
   if isinstance(sys.stdin, io.TextIOWrapper):
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
   if sys.stderr is None:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from jaxfp8.commands import command, generate, platforms, prompt_files
+from jaxfp8.commands import command, generate, platforms, prompt_files, streams
 from jaxfp8.errors import InputError
 
 PLAN = ("plan", "llama-3.1-8b", "h100")
@@ -59,6 +59,13 @@ def test_characters_that_stdout_cannot_hold():
   ran = subprocess.run([sys.executable, "-c", script], capture_output=True, env=variables, timeout=60)
   assert (ran.returncode, ran.stdout) == (0, b"a??\n?\n")
   assert ran.stderr.count(b"\n") == 1 and b"encoding ascii lacks characters" in ran.stderr
+
+
+def test_a_terminal_of_no_width_counts_as_unknown(monkeypatch):
+  for columns, kept in (("0", None), ("", None), ("100", "100")):
+    monkeypatch.setenv("COLUMNS", columns)
+    streams.prepare()
+    assert os.environ.get("COLUMNS") == kept
 
 
 # --- devices ---
