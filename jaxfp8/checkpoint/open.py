@@ -161,5 +161,6 @@ class _Store:
 
   def open(self, key: str) -> Any:
     """A future of the array."""
-    store = {"driver": "ocdbt", "base": f"file://{self._base.resolve()}/", "path": f"{key}/"}
+    base = {"driver": "file", "path": f"{self._base.resolve()}/"}  # a URL would give #, % and ? a meaning
+    store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
     return self._tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=self._context)

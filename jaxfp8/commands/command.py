@@ -273,7 +273,7 @@ def _usable_cache_dir(cache_dir: str) -> str:
   if not cache_dir:
     return ""
   try:
-    folder = pathlib.Path(cache_dir).expanduser().absolute()
+    folder = pathlib.Path(os.path.abspath(pathlib.Path(cache_dir).expanduser()))
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     return str(folder)

@@ -307,6 +307,12 @@ def test_a_run_goes_on_without_a_cache_that_cannot_be_written(run, tmp_path):
   )
 
 
+def test_a_cache_folder_whose_name_would_mean_something_in_a_url(run, tmp_path):
+  for _ in range(2):
+    ran = run("--prompt", "x", "--cache_dir", tmp_path / "a b#c%20é?")
+    assert (ran.code, ran.out) == (0, CHAIN + "\n"), ran.err
+
+
 def test_full_disk(run, tmp_path, monkeypatch):
   def no_space(path):
     raise OSError(28, "No space left on device")
