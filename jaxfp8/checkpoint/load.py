@@ -52,8 +52,9 @@ def load(
   recipe = recipe or stored
   if (recipe.weights, recipe.granularity, recipe.stream) != (stored.weights, stored.granularity, stored.stream):
     raise InputError(
-      f"load: {source.path} holds {stored.weights} weights ({stored.granularity}); got {recipe.weights} "
-      f"({recipe.granularity}). Weights are never requantized: pass the source checkpoint, or the recipe that is stored."
+      f"load: {source.path} holds {stored.weights} weights ({stored.granularity}, stream {stored.stream}); got "
+      f"{recipe.weights} ({recipe.granularity}, stream {recipe.stream}). "
+      "Weights are never requantized: pass the source checkpoint, or the recipe that is stored."
     )
   return load_into(abstract_model(source.config, recipe, source.formats, mesh, implementation), source, mesh)
 

@@ -76,7 +76,7 @@ def digest_of(data: Mapping[str, Any]) -> str:
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
   """Whether the folder holds a manifest, readable or not."""
-  return (pathlib.Path(folder) / MANIFEST).is_file()
+  return (pathlib.Path(os.path.expanduser(folder)) / MANIFEST).is_file()
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:

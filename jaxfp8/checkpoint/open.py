@@ -19,6 +19,7 @@ import numpy as np
 from jaxfp8.checkpoint import readers
 from jaxfp8.checkpoint.manifest import Manifest, check_files, damaged, is_checkpoint, orbax, orbax_context, read_manifest
 from jaxfp8.checkpoint.readers import Source, expected_tensors
+from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.checkpoint.readers.source import check_finite
 from jaxfp8.checkpoint.stored_arrays import ArraySpec, Range, Read, checkpoint_arrays
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
@@ -48,7 +49,7 @@ class Checkpoint(Source):
   dialect = "jaxfp8"
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path).absolute()
+    self.path = absolute(path)
     self.manifest: Manifest = read_manifest(self.path)
     check_files(self.path, self.manifest)
     self.config = self.manifest.config
@@ -68,7 +69,15 @@ class Checkpoint(Source):
     return dict(self.manifest.exceptions)
 
   def range_reader(self) -> Read:
-    return self.read_ranges
+    """Reads ranges, and refuses NaN and Inf in them: a model that was saved after its training diverged holds some."""
+
+    def read_finite(ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
+      arrays = self.read_ranges(ranges)
+      for part, array in arrays.items():
+        check_finite(part.key.partition("[")[0], array, self.path, "Save or convert the model again.")
+      return arrays
+
+    return read_finite
 
   def read_ranges(self, ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
     """Reads all ranges in parallel, and of each array only the chunks that its range touches."""

@@ -26,6 +26,7 @@ from jaxfp8.checkpoint.manifest import FORMAT_VERSION, WRITING
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Precision, Recipe
 from jaxfp8.unfinished import write_atomically
@@ -51,7 +52,7 @@ def cached_checkpoint(
 
   Raises InputError for a source that cannot be read or a cache folder that cannot be written; nothing half-written stays.
   """
-  cache, source_path = pathlib.Path(cache_dir).expanduser().absolute(), pathlib.Path(source_path).absolute()
+  cache, source_path = pathlib.Path(cache_dir).expanduser().absolute(), absolute(source_path)
   digest = _content_digest(readers.source_files(source_path), cache)
   folder = cache / "checkpoints" / folder_name(source_path, digest, recipe)
   if checkpoint := _open_whole(folder):

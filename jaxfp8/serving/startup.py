@@ -22,6 +22,7 @@ from jaxfp8.checkpoint.manifest import is_checkpoint
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
+from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.checkpoint.weights_cache import cached_checkpoint, fingerprint
 from jaxfp8.config import LlamaConfig
@@ -105,7 +106,7 @@ def open_model(options: LoadOptions, progress: Progress) -> LoadedModel:
 
 def _open(options: LoadOptions, progress: Progress) -> tuple[Source, Recipe]:
   """The opened checkpoint to load (a source only without a cache), and the recipe to run in."""
-  path = pathlib.Path(options.checkpoint or readers.default_model()).absolute()
+  path = absolute(options.checkpoint or readers.default_model())
   if is_checkpoint(path):
     checkpoint = Checkpoint(path)
     return checkpoint, _stored_recipe(checkpoint, options)

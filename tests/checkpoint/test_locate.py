@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxfp8.checkpoint import readers
+from jaxfp8.checkpoint.manifest import MANIFEST, is_checkpoint
 from jaxfp8.errors import InputError
 from tests.helpers import tiny_models
 from tests.helpers.gguf_files import write_gguf
@@ -163,6 +164,8 @@ def test_a_path_may_begin_with_the_home_folder(folder, monkeypatch):
   assert readers.open_source("~/model").path == folder
   assert readers.read_config("~/model").d_model == readers.read_config(folder).d_model
   assert "there is no checkpoint at" in _refused("~no_such_user/model")
+  (folder / MANIFEST).write_text("{}")
+  assert is_checkpoint("~/model") and not is_checkpoint("~")
 
 
 def test_a_copy_in_mistrals_format_beside_the_model_is_not_read(folder):

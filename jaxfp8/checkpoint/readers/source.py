@@ -154,7 +154,7 @@ def check_tensors(
       )
 
 
-def check_finite(name: str, array: np.ndarray, path: pathlib.Path) -> None:
+def check_finite(name: str, array: np.ndarray, path: pathlib.Path, way_out: str = "Fetch the checkpoint again.") -> None:
   """Raises InputError naming the tensor and the first bad index."""
   rows = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
   for start in range(0, array.shape[0], rows):
@@ -162,9 +162,7 @@ def check_finite(name: str, array: np.ndarray, path: pathlib.Path) -> None:
     if bad.any():
       index = [int(i) for i in np.argwhere(bad)[0]]
       index[0] += start
-      raise InputError(
-        f"readers: weights must be finite; {name} in {path} is {array[tuple(index)]} at {index}. Fetch the checkpoint again."
-      )
+      raise InputError(f"readers: weights must be finite; {name} in {path} is {array[tuple(index)]} at {index}. {way_out}")
 
 
 def expand_scale(name: str, scale: np.ndarray, shape: tuple[int, ...], granularity: str, path: pathlib.Path) -> np.ndarray:
