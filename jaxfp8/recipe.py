@@ -85,8 +85,8 @@ class Recipe:
     recipe (quantizing the head costs more quality than quantizing all layers).
   granularity: the weights that share one scale: a "tensor", an output "channel" or a "block128" of 128 x 128. A matrix that
     came with other scales keeps these (`LayerFormat`).
-  activations: of the inputs of linear layers: "fp8" (dynamic scale per token), "fp8_static" (one stored scale per matrix, from
-    calibration), "bf16" or "f32".
+  activations: of the inputs of linear layers: "fp8" (dynamic scale per token; beside block scales of weights, per token and 128
+    columns), "fp8_static" (one stored scale per matrix, from calibration), "bf16" or "f32".
   kv: of the KV pages: "fp8" (scale per token and head), "fp8_static" (one stored scale per head), "bf16" or "f32".
 
   Takes strings and holds enums. Raises InputError for other values, and for fp8 activations with weights that are not fp8.

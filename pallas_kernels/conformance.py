@@ -22,7 +22,7 @@ import numpy as np
 
 from pallas_kernels import dispatch, tuned
 from pallas_kernels.dispatch import Target
-from pallas_kernels.float8 import Quantized
+from pallas_kernels.float8 import GROUP, Quantized
 from pallas_kernels.fp8_matmul.api import PartialSums, fp8_matmul
 from pallas_kernels.fused.api import residual_norm, rope_write, silu_multiply
 from pallas_kernels.paged_attention.api import paged_attention
@@ -149,6 +149,8 @@ def plain(tree):
   """Results as float32 arrays that can be compared: float8 under its scale, sums finished."""
   if isinstance(tree, Quantized):
     values = tree.values.reshape(tree.values.shape[0], -1).astype(jnp.float32)
+    if tree.scale.ndim == 2:
+      return values * jnp.repeat(tree.scale.T, GROUP, axis=1)[:, : values.shape[1]]
     return values * (tree.scale[:, None] if tree.scale.ndim else tree.scale)
   if isinstance(tree, PartialSums):
     return tree.finish(jnp.float32)
@@ -192,7 +194,7 @@ def _matmul(form: str, T: int, F: int, D: int, block: bool = False):
     if form == "bf16":
       return x, rng.standard_normal((F, D)).astype(BF16), None, None
     w_scale = _spread(rng, F // 128, D // 128) if block else _spread(rng, F)
-    return x, _float8(rng, F, D), w_scale, _spread(rng, T) if form == "w8a8" else None
+    return x, _float8(rng, F, D), w_scale, _spread(rng, *((D // 128,) if block else ()), T) if form == "w8a8" else None
 
   return arguments
 
@@ -204,7 +206,7 @@ def _pages(rng, K: int, H: int, C: int, num_pages: int, *, fp8: bool):
   return (*(_float8(rng, *shape) for shape in shapes), *(_spread(rng, num_pages, K, C) / 100 for _ in range(2)))
 
 
-def _attention(lengths, counts, *, fp8: bool, quantize: bool, K=2, G=3, H=64, C=64):
+def _attention(lengths, counts, *, fp8: bool, quantize: bool, grouped: bool = False, K=2, G=3, H=64, C=64):
   """Arguments of `_attend`; pages of sequences in no order, none of them the first."""
 
   def arguments():
@@ -218,7 +220,8 @@ def _attention(lengths, counts, *, fp8: bool, quantize: bool, K=2, G=3, H=64, C=
 
   def call(q, pages, *where, **kernels):
     k_scale, v_scale = pages[2:] or (None, None)
-    return paged_attention(q, *pages[:2], *where, k_scale=k_scale, v_scale=v_scale, quantize=quantize, **kernels)
+    rounding = {"quantize": quantize, "grouped": grouped}
+    return paged_attention(q, *pages[:2], *where, k_scale=k_scale, v_scale=v_scale, **rounding, **kernels)
 
   return call, arguments
 
@@ -245,15 +248,17 @@ def _silu_arguments():
   return rng.standard_normal((2, 3, 1024)).astype(np.float32), 0.3 * _spread(rng, 1024), _spread(rng, 3)
 
 
-def _silu(parts, w_scale, x_scale, **kernels):
-  return silu_multiply(PartialSums(parts, w_scale, x_scale), quantize=True, **kernels)
+def _silu(parts, w_scale, x_scale, **options):
+  return silu_multiply(PartialSums(parts, w_scale, x_scale), quantize=True, **options)
 
 
 def _checks() -> Iterator[Check]:
   for name, form, T, F, D, *block in (
     ("W8A8, 3 tokens", "w8a8", 3, 192, 1024),
     ("W8A16 with block scales, 20 tokens", "w8a16", 20, 256, 512, True),
+    ("W8A8 with block scales, 8 tokens", "w8a8", 8, 256, 1024, True),
     ("W8A8, 136 tokens", "w8a8", 136, 256, 512),
+    ("W8A8 with block scales, 136 tokens", "w8a8", 136, 256, 512, True),
     ("W8A16, 72 tokens", "w8a16", 72, 256, 512),
     ("bf16, 5 tokens", "bf16", 5, 128, 512),
   ):
@@ -265,10 +270,14 @@ def _checks() -> Iterator[Check]:
   ):
     call, arguments = _attention(lengths, counts, fp8=fp8, quantize=quantize)
     yield Check(f"paged_attention ({name})", "paged_attention", call, arguments, ROUNDED if quantize else 0.02)
-  norm = functools.partial(residual_norm, eps=1e-5, quantize=True)
-  yield Check("residual_norm", "residual_norm", norm, _norm_arguments, ROUNDED)
+  call, arguments = _attention((300, 0, 65), None, fp8=True, quantize=True, grouped=True, G=4)
+  yield Check("paged_attention (decode, scales of groups)", "paged_attention", call, arguments, ROUNDED)
+  for name, grouped in (("", False), (" (scales of groups)", True)):
+    norm = functools.partial(residual_norm, eps=1e-5, quantize=True, grouped=grouped)
+    yield Check(f"residual_norm{name}", "residual_norm", norm, _norm_arguments, ROUNDED)
+    silu = functools.partial(_silu, grouped=grouped)
+    yield Check(f"silu_multiply{name}", "silu_multiply", silu, _silu_arguments, ROUNDED)
   yield Check("rope_write", "rope_write", _rope, _rope_arguments, ROUNDED)
-  yield Check("silu_multiply", "silu_multiply", _silu, _silu_arguments, ROUNDED)
 
 
 CHECKS = tuple(_checks())

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 
 FLOAT8 = jnp.float8_e4m3fn
 MAX = 448.0  # largest finite e4m3fn value (OCP 8-bit floating point specification, table 1)
+GROUP = 128  # columns of activations that share a dynamic scale where the weights have a scale per block of 128 x 128
 TINY = 2.0**-100  # below this a scale would be subnormal, which hardware flushes to 0
 
 
 class Quantized(NamedTuple):
-  """Activations value ~= values * scale: float8 [..., D] and float32 [...], or [] for a static scale."""
+  """Activations value ~= values * scale: float8 [..., D], and float32 scales of one of three kinds.
+
+  scale: [...], one per token; [ceil(D / 128), T], one per group of 128 columns and token of values [T, D] (a kernel reads those
+    of neighbouring tokens together); or [], a static scale for all.
+  """
 
   values: jax.Array
   scale: jax.Array
@@ -27,13 +32,26 @@ def to_float8(x: jax.Array) -> jax.Array:
   return jnp.clip(x, -MAX, MAX).astype(FLOAT8)
 
 
-def quantize_tokens(x: jax.Array, scale: jax.Array | None = None) -> Quantized:
+def quantize_tokens(x: jax.Array, scale: jax.Array | None = None, *, grouped: bool = False) -> Quantized:
   """x [..., D] in float8, with one dynamic scale per vector along the last axis, or with the float32 `scale` given.
 
   For activations a dynamic scale is one per token; for keys and values [T, K, H], one per token and head. A given scale
-  broadcasts against the result's scale [...].
+  broadcasts against the result's scale [...]. grouped: dynamic scales of x [T, D] are one per group of 128
+  columns and token, [ceil(D / 128), T].
   """
   x = x.astype(jnp.float32)
+  if grouped and scale is None:
+    return _quantize_groups(x)
   if scale is None:
     scale = scale_of(jnp.max(jnp.abs(x), axis=-1))
   return Quantized(to_float8(x * (1 / scale)[..., None]), scale)
+
+
+def _quantize_groups(x_TD: jax.Array) -> Quantized:
+  """float32 [T, D]; the last group may be narrower than 128 columns."""
+  T, D = x_TD.shape
+  padded = jnp.pad(x_TD, ((0, 0), (0, -D % GROUP)))
+  groups = padded.reshape(T, -1, GROUP)
+  scale = scale_of(jnp.max(jnp.abs(groups), axis=-1))
+  values = to_float8(groups * (1 / scale)[..., None]).reshape(padded.shape)[:, :D]
+  return Quantized(values, scale.T)

@@ -6,7 +6,7 @@ profiles show attention.qkv, mlp.down and so on. Refuses to know how layers are 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +69,22 @@ class Linear(nnx.Module):
     """Whether the layer multiplies float8 activations."""
     return self.runtime.activations == Precision.FP8 and isinstance(self.weight.get_value(), QArray)
 
+  @property
+  def has_grouped_inputs(self) -> bool:
+    """Whether float8 inputs have a dynamic scale per token and group of 128 columns: so do weights that have block scales."""
+    weight = self.weight.get_value()
+    return self.quantizes and self.static_scale is None and weight.scale.ndim == weight.qvalue.ndim
+
+  @property
+  def rounding(self) -> dict[str, Any]:
+    """The keyword arguments of an operation of pallas_kernels whose result this layer reads."""
+    return {"quantize": self.quantizes, "static_scale": self.static_scale, "grouped": self.has_grouped_inputs}
+
   def partial_sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> PartialSums:
     """The product as the kernel leaves it, with F... flattened, for an operation that sums and scales it."""
     weight, x_scale, scale = self.weight.get_value(), None, None
     if self.quantizes and not isinstance(x_TD, Quantized):
-      x_TD = quantize_tokens(x_TD, self.static_scale)
+      x_TD = quantize_tokens(x_TD, self.static_scale, grouped=self.has_grouped_inputs)
     if isinstance(x_TD, Quantized):
       x_TD, x_scale = x_TD
     if isinstance(weight, QArray):
@@ -102,8 +113,8 @@ class SplitLinear(nnx.Module):
     part of axis F2 of qkv ([K, G, H, D] and twice [K, 1, H, D]), or of axis F1 of gate_up ([1, F, D] each).
   """
 
-  quantizes = False  # a norm must not round for one matrix what another reads unrounded
-  static_scale = None
+  # A norm must not round for one matrix what another reads unrounded.
+  rounding: ClassVar[dict[str, Any]] = {"quantize": False, "static_scale": None, "grouped": False}
 
   def __init__(self, parts: Sequence[Linear], axis: int):
     self.parts, self.axis = nnx.List(parts), axis
@@ -124,9 +135,8 @@ class RMSNorm(nnx.Module):
   def __call__(self, x_TD: jax.Array, y_TD: jax.Array, reader: Linear | SplitLinear) -> tuple[jax.Array, jax.Array | Quantized]:
     """(x + y, its norm), both [T, D]; the norm is `Quantized` if the reader multiplies float8 activations."""
     weight_D = self.weight.get_value()
-    rounding = {"quantize": reader.quantizes, "static_scale": reader.static_scale}
     with jax.named_scope("norm"):
-      return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, **rounding, **self.runtime.kernels)
+      return pallas_kernels.residual_norm(x_TD, y_TD, weight_D, eps=self.eps, **reader.rounding, **self.runtime.kernels)
 
 
 class Attention(nnx.Module):
@@ -171,8 +181,7 @@ class Attention(nnx.Module):
         *pages_of_tokens,
         k_scale=pool.k_scale,
         v_scale=pool.v_scale,
-        quantize=self.o.quantizes,
-        static_scale=self.o.static_scale,
+        **self.o.rounding,
         **kernels,
       )
     with jax.named_scope("attention.o"):
@@ -190,7 +199,7 @@ class Mlp(nnx.Module):
 
   def __call__(self, x_TD: jax.Array | Quantized, context: StepContext) -> jax.Array:
     """The MLP's part of the residual stream, [T, D]."""
-    rounding = {"quantize": self.down.quantizes, "static_scale": self.down.static_scale, "dtype": self.runtime.stream_dtype}
+    rounding = {**self.down.rounding, "dtype": self.runtime.stream_dtype}
     with jax.named_scope("mlp.gate_up"):
       gate_up = self.gate_up.partial_sums(x_TD)
     with jax.named_scope("mlp.silu"):

@@ -46,7 +46,12 @@ class StepContext:
   def gather_rows[T: jax.Array | Quantized](self, normed: T) -> T:
     """All-gathers the normed activations over `row_axes`; they are already float8 if the next linear reads float8."""
     with jax.named_scope("gather"):
-      return jax.tree.map(lambda x: concatenate_over(x, self.row_axes) if x.ndim else x, normed)
+      if not isinstance(normed, Quantized):
+        return concatenate_over(normed, self.row_axes)
+      values, scale = normed
+      if scale.ndim:  # tokens are the last axis of scales
+        scale = concatenate_over(scale.T, self.row_axes).T
+      return Quantized(concatenate_over(values, self.row_axes), scale)
 
   def at_page(self, first_page: jax.Array) -> "StepContext":
     """The context of the layer whose pages begin at `first_page` in the flattened pool."""

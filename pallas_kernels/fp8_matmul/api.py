@@ -18,7 +18,8 @@ class PartialSums(NamedTuple):
   """A product whose last steps are left to its reader: y [T, F] = (sum over S of splits_STF) * w_scale * x_scale.
 
   splits_STF: float32 sums over each split of D; for S = 1 the product itself, if both scales are None.
-  w_scale: float32 [F], or None if already applied. x_scale: float32 [T] or [], or None if already applied.
+  w_scale: float32 [F], or None if already applied. x_scale: float32 [T] or [], or None if already applied, as scales of groups
+  of columns always are.
   """
 
   splits_STF: jax.Array
@@ -57,7 +58,8 @@ def fp8_matmul_sums(
     w_FD: weights, float8_e4m3fn with `w_scale`, or bf16 / f32 without.
     w_scale: float32, [F] per output channel, or [F / R, ceil(D / 128)] per block of R rows and 128 columns, where R is a
       power of two that divides F (128 for ordinary linears, less where a head is smaller than a block).
-    x_scale: float32, [T] per token or [] for a static scale; only with float8 activations.
+    x_scale: only with float8 activations, float32: [T] per token, [] for a static scale, or [ceil(D / 128), T] per group
+      of 128 columns and token, which needs block scales of the weights.
     implementation: "auto", or the name of an implementation (`dispatch.implementations`).
     target: what the program is compiled for; None means the default device.
 
@@ -72,6 +74,11 @@ def fp8_matmul_sums(
 
 def is_float8(x: jax.Array) -> bool:
   return x.dtype == jnp.float8_e4m3fn
+
+
+def is_grouped(x_scale: jax.Array | None) -> bool:
+  """Whether activations have a scale per group of 128 columns and token."""
+  return x_scale is not None and x_scale.ndim == 2
 
 
 def block_rows(w_FD: jax.Array, w_scale: jax.Array) -> int:
@@ -98,13 +105,25 @@ def _check(x_TD, w_FD, w_scale, x_scale):
   for name, x in (("x", x_TD), ("w", w_FD)):
     if x.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
       raise ValueError(f"fp8_matmul: {name} must be float8_e4m3fn, bfloat16 or float32; got {x.dtype}. Cast it first.")
-  if x_scale is not None and (x_scale.shape not in ((), (x_TD.shape[0],)) or x_scale.dtype != jnp.float32):
-    raise ValueError(
-      f"fp8_matmul: x_scale must be float32 [] or [T={x_TD.shape[0]}]; got {x_scale.dtype} {x_scale.shape}. "
-      "Use one scale per token or one for all."
-    )
+  if x_scale is not None:
+    _check_x_scale(x_TD, x_scale, w_scale)
   if w_scale is not None:
     _check_w_scale(w_FD, w_scale)
+
+
+def _check_x_scale(x_TD, x_scale, w_scale):
+  T, D = x_TD.shape
+  groups = (-(-D // BLOCK), T)
+  if x_scale.dtype != jnp.float32 or x_scale.shape not in ((), (T,), groups):
+    raise ValueError(
+      f"fp8_matmul: x_scale must be float32 [] or [T={T}] or [ceil(D / {BLOCK}), T]={groups}; got {x_scale.dtype} "
+      f"{x_scale.shape}. Use one scale for all, one per token, or one per {BLOCK} columns and token."
+    )
+  if is_grouped(x_scale) and (w_scale is None or w_scale.ndim != 2):
+    raise ValueError(
+      f"fp8_matmul: one x_scale per {BLOCK} columns and token needs weights with block scales; got w_scale "
+      f"{'None' if w_scale is None else w_scale.shape}. Use one scale per token."
+    )
 
 
 def _check_w_scale(w_FD, w_scale):

@@ -14,7 +14,10 @@ from pallas_kernels.fp8_matmul.tiling import MAX_FEW, MAX_SKINNY, Form, Tiling, 
 
 @dataclasses.dataclass(frozen=True)
 class MatmulCase(TunableCase):
-  """y [T, F] = x [T, D] w^T; form is "w8a8", "w8a16" or "bf16", block_rows 0 means a scale per channel."""
+  """y [T, F] = x [T, D] w^T; form is "w8a8", "w8a16" or "bf16", block_rows 0 means a scale per channel.
+
+  With block scales of the weights, float8 activations have a scale per token and 128 columns.
+  """
 
   name: str
   form: str
@@ -30,7 +33,8 @@ class MatmulCase(TunableCase):
     w = jax.ShapeDtypeStruct((self.F, self.D), BF16 if self.form == "bf16" else FP8)
     shape = (self.F // self.block_rows, -(-self.D // api.BLOCK)) if self.block_rows else (self.F,)
     w_scale = None if self.form == "bf16" else jax.ShapeDtypeStruct(shape, F32)
-    return x, w, w_scale, jax.ShapeDtypeStruct((self.T,), F32) if self.form == "w8a8" else None
+    groups = (-(-self.D // api.BLOCK),) if self.block_rows else ()
+    return x, w, w_scale, jax.ShapeDtypeStruct((*groups, self.T), F32) if self.form == "w8a8" else None
 
   def call(self, *arguments, target: Target, implementation: str = "sm90") -> jax.Array:
     return api.fp8_matmul(*arguments, implementation=implementation, target=target)
@@ -62,7 +66,7 @@ class MatmulCase(TunableCase):
 
   @property
   def _form(self) -> Form:
-    return form_of(*self.arguments()[:3])
+    return form_of(*self.arguments())
 
   @property
   def size_names(self) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target=None):
   w = w_FD.astype(jnp.float32)
   if w_scale is not None:
     w = w * expand_scale(w_FD, w_scale)
+  if api.is_grouped(x_scale):
+    x, x_scale = x * jnp.repeat(x_scale.T, api.BLOCK, axis=1)[:, : x.shape[1]], None
   y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
   if x_scale is not None:
     y = y * (x_scale[:, None] if x_scale.ndim else x_scale)

@@ -10,7 +10,8 @@ Both are one memory warpgroup that only issues TMA and one or two that only mult
     compute WGs          | wait 0: wgmma, promote, "0 is read" | wait 1: wgmma, promote, "1 is read" | ...
 
 Every step multiplies into a fresh accumulator and adds it to float32 registers: Hopper's FP8 accumulator keeps about 14 bits,
-so nothing stays in it for more than 128 of D; block scales are multiplied in at the same place.
+so nothing stays in it for more than 128 of D; block scales, and the scales of a token's groups of columns, are multiplied in at
+the same place.
 
 Three forms: float8 x float8; float8 weights x bf16 activations, where weights are widened to float16 in registers (exact) and
 activations become float16 under a power of two per token, so that 1e6 does not overflow (a value 2^24 below its token's largest
@@ -52,29 +53,34 @@ class _Operands(NamedTuple):
   x: jax.Array  # [tokens, D]
   w: jax.Array  # [F, D]
   block_scale: jax.Array | None = None  # [F / R, D / 128]
+  group_scale: jax.Array | None = None  # [D / 128, tokens], in whole tiles
   w_scale: jax.Array | None = None  # of each row of w, in whole tiles
   x_scale: jax.Array | None = None  # of each token, in whole tiles; [1] for a static scale
 
 
 def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target: Target) -> jax.Array | api.PartialSums:
-  form = form_of(x_TD, w_FD, w_scale)
+  form = form_of(x_TD, w_FD, w_scale, x_scale)
   T, (F, D) = x_TD.shape[0], w_FD.shape
   tiling = choose_tiling(T, F, D, form, target)
   if form.widens:
     x_TD, x_scale = power_of_two_scale(x_TD)
   block_scale, channel_scale = (w_scale, None) if form.block_rows else (None, w_scale)
   operands = _Operands(jnp.pad(x_TD, ((0, -T % 8), (0, 0))), w_FD, block_scale)
+  scales = w_scale, x_scale
+  if form.grouped:
+    operands = operands._replace(group_scale=jnp.pad(x_scale, ((0, 0), (0, -T % tiling.tokens))))
+    x_scale = None
   if T > MAX_SKINNY:
     operands = operands._replace(w_scale=_per(F, tiling.rows, channel_scale), x_scale=_per(T, tiling.tokens, x_scale))
     out_type = jax.ShapeDtypeStruct((operands.x.shape[0], -(-F // WG_ROWS) * WG_ROWS), out_dtype)
-    cost = call_cost(x_TD, w_FD, (w_scale, x_scale), out_type)
+    cost = call_cost(x_TD, w_FD, scales, out_type)
     y = _wide(operands, form, tiling, out_type, cost, target=target)
     record("fp8_matmul", cost)
     return y[:T, :F]
   is_whole = tiling.splits == 1
   out_shape = tiling.splits, tiling.tokens, -(-F // tiling.rows) * tiling.rows
   out_type = jax.ShapeDtypeStruct(out_shape, out_dtype if is_whole else jnp.float32)
-  cost = call_cost(x_TD, w_FD, (w_scale, x_scale) if is_whole else (block_scale, None), out_type)
+  cost = call_cost(x_TD, w_FD, scales if is_whole else (block_scale, operands.group_scale), out_type)
   if is_whole and channel_scale is not None:
     operands = operands._replace(w_scale=_per(F, tiling.rows, channel_scale))
   if is_whole and x_scale is not None:
@@ -153,26 +159,33 @@ def _product(w_smem, x_smem, form: Form):
   return pl.run_scoped(multiply, plgpu.ACC((w_smem.shape[0], x_smem.shape[0]), jnp.float32))
 
 
-def _step(form: Form, tiling: Tiling, w_shape: tuple[int, ...], scale_gmem, *, row_tile, first_step):
-  """The pipeline's body: adds one stage's products to the float32 sum, times the block scales where there are any."""
-  F, D = w_shape
+def _step(form: Form, tiling: Tiling, gmem: Any, *, row_tile, first_token, first_step):
+  """The pipeline's body: adds one stage's products to the float32 sum, times the scales of its 128 columns if there are any."""
+  F, D = gmem.w.shape
   wg = lax.axis_index("wg")
   width = unit_of(D, form)
 
-  def block_scale(column):
+  def scale_of(column):
+    """Of the products of 128 columns: one number for the block of weights, [64, tokens] with the scales of the tokens."""
     block_row = lax.div(row_tile * tiling.rows + wg * WG_ROWS, jnp.int32(form.block_rows))
     last = jnp.int32(F // form.block_rows - 1)  # the second warpgroup of the last tile may lie outside
     block_row = jnp.minimum(block_row, last)  # mutant: row of the block
     block_column = lax.div(column, jnp.int32(api.BLOCK))  # mutant: column of the block
-    return scale_gmem[block_row, block_column]
+    scale = gmem.block_scale[block_row, block_column]
+    if not form.grouped:
+      return scale
+    of_tokens = gmem.group_scale.at[block_column, pl.ds(first_token, tiling.tokens)]  # mutant: tokens of the groups
+    of_tokens = plgpu.load(of_tokens, layout=_LAYOUT.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(of_tokens * scale, (WG_ROWS, tiling.tokens), [1])
 
   def body(indices, x_smem, w_smem, total):
     rows = w_smem if tiling.rows == WG_ROWS else w_smem.at[pl.ds(wg * WG_ROWS, WG_ROWS)]  # mutant: rows of a warpgroup
     for start in range(0, tiling.depth, width):
       columns = pl.ds(start, width)
+      scale = scale_of((first_step + indices[0]) * tiling.depth + start) if form.block_rows else None
       product = _product(rows.at[:, columns], x_smem.at[:, columns], form)
-      if form.block_rows:
-        product = product * block_scale((first_step + indices[0]) * tiling.depth + start)  # mutant: block scale
+      if scale is not None:
+        product = product * scale  # mutant: block scale
       total = total + product  # mutant: sum
     return total
 
@@ -215,7 +228,7 @@ def _skinny(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.Shape
       plgpu.store(out_gmem.at[split, :, rows], total.astype(out_type.dtype), optimized=False)
 
     plgpu.emit_pipeline_warp_specialized(
-      _step(form, tiling, operands.w.shape, gmem.block_scale, row_tile=row_tile, first_step=first_step),
+      _step(form, tiling, gmem, row_tile=row_tile, first_token=0, first_step=first_step),
       grid=(steps,),
       memory_registers=40,
       in_specs=_specs(form, tiling, row_tile, 0, first_step),
@@ -282,7 +295,7 @@ def _wide(operands: _Operands, form: Form, tiling: Tiling, out_type: jax.ShapeDt
           plgpu.commit_smem()  # mutant: fence of a tile
           plgpu.copy_smem_to_gmem(out_smem.at[wg], out_gmem.at[pl.ds(token, tiling.tokens), pl.ds(row, WG_ROWS)])
 
-        step = _step(form, tiling, operands.w.shape, gmem.block_scale, row_tile=row_tile, first_step=0)
+        step = _step(form, tiling, gmem, row_tile=row_tile, first_token=token, first_step=0)
         pipeline_at(row_tile, token_tile, step, compute)(gmem.x, gmem.w, allocations=allocations)
 
       plgpu.wait_smem_to_gmem(0)

@@ -40,11 +40,15 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """Which operands: dtype of w in memory, of x as the tensor cores see it, and rows of w that share a block scale (0: none)."""
+  """Which operands: dtype of w in memory, of x as the tensor cores see it, and rows of w that share a block scale (0: none).
+
+  grouped: whether each token of x has a scale per 128 columns, beside block scales of w.
+  """
 
   w_dtype: jnp.dtype
   x_dtype: jnp.dtype
   block_rows: int = 0
+  grouped: bool = False
 
   @property
   def widens(self) -> bool:
@@ -52,7 +56,7 @@ class Form:
 
   def __str__(self):
     name = "bf16" if self.w_dtype != jnp.float8_e4m3fn else "w8a16" if self.widens else "w8a8"
-    return f"{name}-block{self.block_rows}" if self.block_rows else name
+    return f"{name}-block{self.block_rows}{'-grouped' if self.grouped else ''}" if self.block_rows else name
 
 
 def choose_tiling(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
@@ -85,7 +89,7 @@ def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, *, wide: bool) 
   if set(sizes) != allowed:
     tuned.refuse("fp8_matmul", sizes, f"the names {', '.join(sorted(allowed))}")
   tiling = dataclasses.replace(tiling, **sizes)
-  most_tokens = 96 if form.widens else 128
+  most_tokens = _most_tokens(form)
   steps = D // tiling.depth // tiling.splits
   used = tiling.stages * tiling.stage_bytes(form.x_dtype, form.w_dtype) + tiling.rows * tiling.tokens * 4
   rules = {
@@ -104,6 +108,11 @@ def _replaced(tiling: Tiling, sizes, F: int, D: int, form: Form, *, wide: bool) 
   return tiling
 
 
+def _most_tokens(form: Form) -> int:
+  """Of a wide tile: the most that leaves no register spilled."""
+  return 96 if form.widens or form.grouped else 128
+
+
 def _room(ctas: int) -> int:
   """Bytes of shared memory that a CTA has for its ring and its results."""
   return HOPPER_SHARED_BYTES // ctas - _CTA_BYTES - _SCRATCH_BYTES
@@ -114,7 +123,7 @@ def _formula(T: int, F: int, D: int, form: Form, target: Target) -> Tiling:
   unit = unit_of(D, form)
   if T > MAX_SKINNY:
     rows = WG_ROWS if F < 2 * WG_ROWS else 2 * WG_ROWS
-    tokens = 96 if form.widens else 128  # the most that leaves no register spilled
+    tokens = _most_tokens(form)
     tiling = Tiling(rows, tokens, unit, 1, 1, 1)
     room = _room(1) - tokens * rows * 4
   else:
@@ -137,7 +146,7 @@ def unit_of(D: int, form: Form) -> int:
   return unit if D % unit == 0 else 64 // jnp.dtype(form.w_dtype).itemsize
 
 
-def form_of(x_TD, w_FD, w_scale) -> Form:
+def form_of(x_TD, w_FD, w_scale, x_scale=None) -> Form:
   """What is multiplied. Raises NotImplementedError for what the kernels cannot do."""
   F, D = w_FD.shape
   if jnp.float32 in (x_TD.dtype, w_FD.dtype):
@@ -150,7 +159,7 @@ def form_of(x_TD, w_FD, w_scale) -> Form:
   if not api.is_float8(w_FD) and api.is_float8(x_TD):
     raise NotImplementedError("sm90 does not mix float8 activations with bfloat16 weights")
   widens = api.is_float8(w_FD) and not api.is_float8(x_TD)
-  return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows)
+  return Form(w_FD.dtype, jnp.dtype(jnp.float16) if widens else x_TD.dtype, block_rows, api.is_grouped(x_scale))
 
 
 def _choose_splits(row_tiles: int, steps: int, sms: int) -> int:

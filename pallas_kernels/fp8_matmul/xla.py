@@ -14,7 +14,8 @@ def fp8_matmul(x_TD, w_FD, w_scale, x_scale, *, out_dtype, target=None):
   if api.is_float8(w_FD) and not api.is_float8(x_TD):
     w_FD = w_FD.astype(x_TD.dtype)  # exact in bf16 and f32
   if w_scale is not None and w_scale.ndim == 2:
-    y = _blocks(x_TD, w_FD, jnp.repeat(w_scale, api.block_rows(w_FD, w_scale), axis=0))
+    grouped, x_scale = (x_scale, None) if api.is_grouped(x_scale) else (None, x_scale)
+    y = _blocks(x_TD, w_FD, jnp.repeat(w_scale, api.block_rows(w_FD, w_scale), axis=0), grouped)
   else:
     y = _dot(x_TD, w_FD) * (1 if w_scale is None else w_scale[None])
   if x_scale is not None:
@@ -30,10 +31,12 @@ def _dot(x, w):
   return jax.lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _blocks(x, w, scale_FB):
+def _blocks(x, w, scale_FB, scale_BT):
+  """The sum of the products of each 128 columns times the scales of their blocks and, unless None, of the tokens' groups."""
   D = x.shape[1]
   y = jnp.zeros((x.shape[0], w.shape[0]), jnp.float32)
   for block in range(scale_FB.shape[1]):
     columns = slice(block * api.BLOCK, min((block + 1) * api.BLOCK, D))
-    y = y + _dot(x[:, columns], w[:, columns]) * scale_FB[:, block][None]
+    product = _dot(x[:, columns], w[:, columns]) * scale_FB[:, block][None]
+    y = y + (product if scale_BT is None else product * scale_BT[block][:, None])
   return y

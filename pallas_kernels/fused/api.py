@@ -26,6 +26,7 @@ def residual_norm(
   eps: float,
   quantize: bool = False,
   static_scale: jax.Array | None = None,
+  grouped: bool = False,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> tuple[jax.Array, jax.Array | Quantized]:
@@ -34,8 +35,8 @@ def residual_norm(
   Args:
     x_TD, y_TD: the residual stream and what the last sublayer adds to it, bf16 or f32.
     weight_D: float32.
-    quantize, static_scale: the second result goes into a float8 linear, whose inputs have this static scale (float32 []), or
-      with None one scale per token.
+    quantize, static_scale, grouped: the second result goes into a float8 linear, whose inputs have this static scale (float32
+      []), or with None one scale per token, or if `grouped` one per token and group of 128 columns.
 
   Raises:
     ValueError: shapes or dtypes disagree, or a forced implementation cannot run.
@@ -47,7 +48,7 @@ def residual_norm(
       f"{weight_D.shape}."
     )
   target = target or dispatch.default_target()
-  options = {"eps": eps, "quantize": quantize, "static_scale": static_scale}
+  options = {"eps": eps, "quantize": quantize, "static_scale": static_scale, "grouped": grouped}
   return dispatch.run("residual_norm", implementation, target, x_TD, y_TD, weight_D, **options)
 
 
@@ -103,18 +104,19 @@ def silu_multiply(
   *,
   quantize: bool = False,
   static_scale: jax.Array | None = None,
+  grouped: bool = False,
   dtype: DTypeLike = jnp.bfloat16,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> jax.Array | Quantized:
   """silu(gate) * up [T, F] in `dtype` (SwiGLU, Shazeer, arXiv 2002.05202), of a product [T, 2 * F]: gates, then ups.
 
-  quantize, static_scale: as in `residual_norm`. Raises ValueError where a forced implementation cannot run.
+  quantize, static_scale, grouped: as in `residual_norm`. Raises ValueError where a forced implementation cannot run.
   """
   if gate_up.splits_STF.shape[2] % 2:
     raise ValueError(f"silu_multiply: needs gates and as many ups; got {gate_up.splits_STF.shape[2]} columns.")
   target = target or dispatch.default_target()
-  options = {"quantize": quantize, "static_scale": static_scale, "dtype": jnp.dtype(dtype)}
+  options = {"quantize": quantize, "static_scale": static_scale, "grouped": grouped, "dtype": jnp.dtype(dtype)}
   return dispatch.run("silu_multiply", implementation, target, gate_up, **options)
 
 

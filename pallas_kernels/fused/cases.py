@@ -22,6 +22,7 @@ class NormCase(Case):
   name: str
   T: int
   D: int
+  grouped: bool = False
   operation: ClassVar[str] = "residual_norm"
 
   def arguments(self) -> tuple:
@@ -29,13 +30,14 @@ class NormCase(Case):
     return x, x, jax.ShapeDtypeStruct((self.D,), F32)
 
   def call(self, *arguments, target: Target, implementation: str = "sm90") -> tuple:
-    return api.residual_norm(*arguments, eps=1e-5, quantize=True, implementation=implementation, target=target)
+    options = {"quantize": True, "grouped": self.grouped, "implementation": implementation, "target": target}
+    return api.residual_norm(*arguments, eps=1e-5, **options)
 
   def flight(self, target: Target) -> Flight:
     return Flight(self.T, 8 * self.D)
 
   def cost(self, target: Target) -> tuple[int, int]:
-    outputs = jax.ShapeDtypeStruct((self.T, self.D), BF16), *_quantized(self.T, self.D)
+    outputs = jax.ShapeDtypeStruct((self.T, self.D), BF16), *_quantized(self.T, self.D, self.grouped)
     x, y, weight = self.arguments()
     return _bytes_and_flops(cost.residual_norm(x, y, weight, outputs))
 
@@ -52,20 +54,21 @@ class SiluCase(Case):
   T: int
   F: int
   S: int
+  grouped: bool = False
   operation: ClassVar[str] = "silu_multiply"
 
   def arguments(self) -> tuple:
     return _sums(self.S, self.T, 2 * self.F)
 
   def call(self, *arguments, target: Target, implementation: str = "sm90") -> Any:
-    sums = PartialSums(*arguments)
-    return api.silu_multiply(sums, quantize=True, implementation=implementation, target=target)
+    options = {"quantize": True, "grouped": self.grouped, "implementation": implementation, "target": target}
+    return api.silu_multiply(PartialSums(*arguments), **options)
 
   def flight(self, target: Target) -> Flight:
     return Flight(self.T, 2 * self.F * self.S * self.arguments()[0].dtype.itemsize)
 
   def cost(self, target: Target) -> tuple[int, int]:
-    return _bytes_and_flops(cost.silu_multiply(PartialSums(*self.arguments()), _quantized(self.T, self.F)))
+    return _bytes_and_flops(cost.silu_multiply(PartialSums(*self.arguments()), _quantized(self.T, self.F, self.grouped)))
 
   @property
   def rounds(self) -> bool:
@@ -118,9 +121,10 @@ def _sums(S, T, F) -> tuple:
   return jax.ShapeDtypeStruct((S, T, F), F32), jax.ShapeDtypeStruct((F,), F32), jax.ShapeDtypeStruct((T,), F32)
 
 
-def _quantized(T, width) -> tuple:
-  """The results of a kernel that rounds to float8 with a scale per token."""
-  return jax.ShapeDtypeStruct((T, width), FP8), jax.ShapeDtypeStruct((T,), F32)
+def _quantized(T, width, grouped) -> tuple:
+  """The results of a kernel that rounds to float8 with a scale per token, or per group of 128 columns and token."""
+  groups = (width // 128,) if grouped else ()
+  return jax.ShapeDtypeStruct((T, width), FP8), jax.ShapeDtypeStruct((*groups, T), F32)
 
 
 def _bytes_and_flops(cost: Cost) -> tuple[int, int]:
@@ -131,9 +135,14 @@ CASES = (
   NormCase("norm-70b", 8, 8192),
   NormCase("norm-405b", 8, 16384),
   NormCase("norm-odd-width", 8, 640),
+  NormCase("norm-70b-groups", 8, 8192, grouped=True),
+  NormCase("norm-405b-groups", 8, 16384, grouped=True),
+  NormCase("norm-odd-width-groups", 8, 640, grouped=True),
   SiluCase("silu-70b", 8, 3584, 1),
   SiluCase("silu-405b-parts", 8, 6656, 4),
   SiluCase("silu-70b-on-one", 8, 28672, 1),
+  SiluCase("silu-70b-groups", 8, 3584, 1, grouped=True),
+  SiluCase("silu-405b-parts-groups", 8, 6656, 4, grouped=True),
   RopeCase("rope-70b", "fp8", 8, 1, 8, 128, 8),
   RopeCase("rope-8b-on-one", "fp8", 8, 8, 4, 128, 1),
   RopeCase("rope-3-heads", "fp8", 8, 3, 3, 64, 6),

@@ -11,7 +11,7 @@ from pallas_kernels.fp8_matmul.api import PartialSums
 
 
 class Activations(NamedTuple):
-  """A kernel's outputs that the next linear reads: [T, width], and for float8 without a static scale one scale a token."""
+  """A kernel's outputs that the next linear reads: [T, *row.shape], and the scales that it measured: [T] or [groups, T]."""
 
   values: Any
   scale: Any = None

@@ -10,7 +10,7 @@ from pallas_kernels.float8 import quantize_tokens
 from pallas_kernels.paged_attention.reference import query_places
 
 
-def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target=None):
+def residual_norm(x_TD, y_TD, weight_D, *, eps, target=None, **_):
   x_TD = x_TD + y_TD
   x = x_TD.astype(jnp.float32)
   return x_TD, (x * jax.lax.rsqrt(_mean_square(x) + eps) * weight_D).astype(x_TD.dtype)
@@ -77,7 +77,7 @@ def _rotate(x_TNH, cos, sin):
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)
 
 
-def silu_multiply(gate_up, *, quantize, static_scale, dtype, target=None):
+def silu_multiply(gate_up, *, dtype, target=None, **_):
   gate_up = gate_up.finish(dtype).astype(jnp.float32)
   F = gate_up.shape[1] // 2
   return (jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]).astype(dtype)

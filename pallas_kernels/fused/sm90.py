@@ -1,6 +1,6 @@
 """The small operations on Hopper: loads and stores only, no instruction that is Hopper's own.
 
-    residual_norm   CTA = one token; up to 4 warpgroups share its row
+    residual_norm   CTA = one token; up to 4 warpgroups share its row (rows.py)
     silu_multiply   likewise
     rope_write      CTA = one token and KV head, one warpgroup: a warp takes a query head, a lane one pair of channels in 32
 
@@ -21,21 +21,23 @@ import jax.ref
 from jax import lax
 
 from pallas_kernels import costs
-from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
+from pallas_kernels.float8 import Quantized, scale_of, to_float8
 from pallas_kernels.fp8_matmul.api import PartialSums
 from pallas_kernels.fused import cost as costs_of
 from pallas_kernels.fused.operands import Activations, NormOperands, NormOutputs, Pools, RopeOperands, SiluOperands
+from pallas_kernels.fused.rows import Rounding, Row
 from pallas_kernels.paged_attention.reference import query_places
 from pallas_kernels.paged_attention.tiling import HEAD_SIZES
-from pallas_kernels.register_layouts import flat_layout, row_layout
-
-_MOST_A_THREAD = 32  # elements of one array that a thread loads at once
+from pallas_kernels.register_layouts import row_layout
 
 
-def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) -> tuple[jax.Array, jax.Array | Quantized]:
+def residual_norm(
+  x_TD, y_TD, weight_D, *, eps, quantize, static_scale, grouped, target
+) -> tuple[jax.Array, jax.Array | Quantized]:
   T, D = x_TD.shape
   _require_bf16("residual_norm", x_TD.dtype)
-  row = _Row("residual_norm", D)
+  rounding = Rounding(quantize, static_scale, grouped)
+  row = Row("residual_norm", D, grouped=rounding.grouped)
 
   def kernel(gmem: NormOperands, out: NormOutputs, *, meeting_smem, meeting_barrier):
     meet = row.meeting(meeting_smem, meeting_barrier)
@@ -45,15 +47,13 @@ def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) 
     added = (a.astype(jnp.float32) + b.astype(jnp.float32) for a, b in zip(x, y, strict=True))  # mutant: residual
     x = [a.astype(x_TD.dtype) for a in added]
     wide = [a.astype(jnp.float32) for a in x]
-    total = meet(functools.reduce(jnp.add, (jnp.sum(a * a) for a in wide)), jnp.add)
+    total = meet(row.sum([a * a for a in wide]), jnp.add)
     factor = lax.rsqrt(total * (1 / D) + eps)
     normed = [(a * factor * w).astype(x_TD.dtype) for a, w in zip(wide, weight, strict=True)]  # mutant: weight of the norm
     row.store(out.x.at[token], x)
-    _store_activations(row, normed, token, out.normed, gmem.static_scale, meet=meet)
+    rounding.store(row, normed, token, out.normed, gmem.static_scale, meet=meet)
 
-  static = _static(quantize, static_scale)
-  activations = _activation_types(T, D, x_TD.dtype, quantize=quantize, is_static=static is not None)
-  out_type = NormOutputs(jax.ShapeDtypeStruct((T, D), x_TD.dtype), activations)
+  out_type = NormOutputs(jax.ShapeDtypeStruct((T, *row.shape), x_TD.dtype), rounding.output_types(T, row, x_TD.dtype))
   cost = costs_of.residual_norm(x_TD, y_TD, weight_D, jax.tree.leaves(out_type))
   (out,) = plgpu.kernel(
     kernel,
@@ -62,16 +62,17 @@ def residual_norm(x_TD, y_TD, weight_D, *, eps, quantize, static_scale, target) 
     grid_names=("token",),
     cost_estimate=cost.estimate(),
     **row.threads(),
-  )(NormOperands(x_TD, y_TD, weight_D, static))
+  )(NormOperands(row.view(x_TD), row.view(y_TD), row.view(weight_D), rounding.operand))
   costs.record("residual_norm", cost)
-  return out.x, _activations(out.normed, quantize, static_scale)
+  return out.x.reshape(T, D), rounding.result(out.normed)
 
 
-def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target) -> jax.Array | Quantized:
+def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, grouped, dtype, target) -> jax.Array | Quantized:
   S, T, F = gate_up.splits_STF.shape
   F //= 2
   _require_bf16("silu_multiply", dtype)
-  row = _Row("silu_multiply", F)
+  rounding = Rounding(quantize, static_scale, grouped)
+  row = Row("silu_multiply", F, grouped=rounding.grouped)
   token_scales = _has_token_scales(gate_up)
 
   def kernel(gmem: SiluOperands, out: Activations, *, meeting_smem, meeting_barrier):
@@ -85,11 +86,11 @@ def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target
 
     gate, up = half(0), half(1)  # mutant: gate and up
     hidden = [(g / (1 + jnp.exp(-g)) * u).astype(dtype) for g, u in zip(gate, up, strict=True)]
-    _store_activations(row, hidden, token, out, gmem.static_scale, meet=meet)
+    rounding.store(row, hidden, token, out, gmem.static_scale, meet=meet)
 
-  sums = PartialSums(gate_up.splits_STF.reshape(S, T, 2, F), *_reshaped_scales(gate_up, (2, F)))
-  static = _static(quantize, static_scale)
-  out_type = _activation_types(T, F, dtype, quantize=quantize, is_static=static is not None)
+  halves = gate_up.splits_STF.reshape(S, T, 2, *row.shape)
+  sums = PartialSums(halves, *_reshaped_scales(gate_up, (2, *row.shape)))
+  out_type = rounding.output_types(T, row, dtype)
   cost = costs_of.silu_multiply(gate_up, jax.tree.leaves(out_type))
   (activations,) = plgpu.kernel(
     kernel,
@@ -98,9 +99,9 @@ def silu_multiply(gate_up: PartialSums, *, quantize, static_scale, dtype, target
     grid_names=("token",),
     cost_estimate=cost.estimate(),
     **row.threads(),
-  )(SiluOperands(sums, static))
+  )(SiluOperands(sums, rounding.operand))
   costs.record("silu_multiply", cost)
-  return _activations(activations, quantize, static_scale)
+  return rounding.result(activations)
 
 
 def rope_write(
@@ -191,54 +192,6 @@ def rope_write(
   return q_TNH, tuple(jax.ref.freeze(ref) for ref in pools if ref is not None)
 
 
-class _Row:
-  """A row of `size` elements in the registers of 1, 2 or 4 warpgroups: lists of 1D pieces."""
-
-  def __init__(self, operation: str, size: int):
-    if size % 128:
-      raise NotImplementedError(f"sm90's {operation} needs rows of a multiple of 128; got {size}")
-    self.num_wgs = next(n for n in (4, 2, 1) if size % (128 * n) == 0)
-    a_thread = size // (128 * self.num_wgs)
-    pieces = next(n for n in range(1, a_thread + 1) if a_thread % n == 0 and a_thread // n <= _MOST_A_THREAD)
-    self.piece, self.num_pieces = size // (self.num_wgs * pieces), pieces
-
-  def threads(self) -> dict[str, Any]:
-    """Arguments of plgpu.kernel: the warpgroups, and what `meeting` takes."""
-    barrier = plgpu.Barrier(num_arrivals=self.num_wgs, num_barriers=2)
-    scratch = {"meeting_smem": plgpu.SMEM((2, self.num_wgs), jnp.float32), "meeting_barrier": barrier}
-    return {"num_threads": self.num_wgs, "thread_name": "wg", "scratch_types": scratch}
-
-  def _slices(self):
-    first = lax.axis_index("wg") * self.num_pieces
-    return [pl.ds((first + i) * self.piece, self.piece) for i in range(self.num_pieces)]
-
-  @property
-  def _layout(self):
-    return flat_layout(self.piece, 2)
-
-  def load(self, ref):
-    return [plgpu.load(ref.at[piece], layout=self._layout, optimized=False) for piece in self._slices()]
-
-  def store(self, ref, pieces):
-    for columns, piece in zip(self._slices(), pieces, strict=True):
-      plgpu.store(ref.at[columns], piece, optimized=False)
-
-  def meeting(self, smem, barrier):
-    """A function that joins a scalar of each warpgroup. All warpgroups must call it, at most twice."""
-    calls = iter(range(2))
-
-    def meet(value, join):
-      if self.num_wgs == 1:  # mutant: lone warpgroup
-        return value
-      call = next(calls)  # mutant: number of the meeting
-      smem[call, lax.axis_index("wg")] = value
-      plgpu.barrier_arrive(barrier.at[call])
-      plgpu.barrier_wait(barrier.at[call])  # mutant: wait for warpgroups
-      return functools.reduce(join, (smem[call, i] for i in range(self.num_wgs)))
-
-    return meet
-
-
 def _reshaped_scales(sums: PartialSums, w_shape: tuple[int, ...]) -> tuple[jax.Array | None, jax.Array | None]:
   """(w_scale in `w_shape`, x_scale [T] or [1]) of a product, for a kernel."""
   w_scale = None if sums.w_scale is None else sums.w_scale.reshape(w_shape)
@@ -262,34 +215,3 @@ def _scaled(pieces, sums: PartialSums, x_index, load_w: Callable):
 def _require_bf16(operation, dtype):
   if dtype != jnp.bfloat16:
     raise NotImplementedError(f"sm90's {operation} computes in bfloat16; got {jnp.dtype(dtype).name}")
-
-
-def _static(quantize: bool, static_scale) -> jax.Array | None:
-  return static_scale.reshape(1) if quantize and static_scale is not None else None
-
-
-def _activation_types(T: int, width: int, dtype, *, quantize: bool, is_static: bool) -> Activations:
-  values = jax.ShapeDtypeStruct((T, width), FLOAT8 if quantize else dtype)
-  return Activations(values, jax.ShapeDtypeStruct((T,), jnp.float32) if quantize and not is_static else None)
-
-
-def _activations(out: Activations, quantize: bool, static_scale) -> jax.Array | Quantized:
-  return Quantized(out.values, static_scale if out.scale is None else out.scale) if quantize else out.values
-
-
-def _store_activations(row: _Row, pieces, token, out: Activations, static_gmem, *, meet: Callable):
-  """Stores a row as it is, or in float8 with the static scale or one from the token's largest value."""
-  if out.values.dtype == FLOAT8:
-    wide = [piece.astype(jnp.float32) for piece in pieces]
-    if static_gmem is not None:
-      scale = static_gmem[0]
-    else:
-      scale = scale_of(meet(functools.reduce(jnp.maximum, (jnp.max(jnp.abs(piece)) for piece in wide)), jnp.maximum))
-
-      @pl.when(lax.axis_index("wg") == 0)  # mutant: writer of the scale
-      def _():
-        out.scale[token] = scale
-
-    factor = 1 / scale
-    pieces = [to_float8(piece * factor) for piece in wide]
-  row.store(out.values.at[token], pieces)

@@ -24,6 +24,7 @@ def paged_attention(
   first_page: jax.Array | int = 0,
   quantize: bool = False,
   static_scale: jax.Array | None = None,
+  grouped: bool = False,
   implementation: str = "auto",
   target: dispatch.Target | None = None,
 ) -> jax.Array | Quantized:
@@ -41,9 +42,9 @@ def paged_attention(
     lengths_B: int32, tokens in each sequence's context, its queries included; 0 for an empty place, which gives zeros.
     k_scale, v_scale: float32 [P, K, C], one per token and head, with float8 pages only.
     first_page: added to every entry of the table: where a layer's pages begin in a pool of all layers.
-    quantize, static_scale: the result goes into a float8 linear, whose inputs have this static scale (float32 []), or with
-      None one scale per token: an implementation that can round it on the way out returns
-      Quantized(values [T, N * H], scale [T]) instead.
+    quantize, static_scale, grouped: the result goes into a float8 linear, whose inputs have this static scale (float32 []), or
+      with None one scale per token, or if `grouped` one per token and group of 128 columns. An implementation that can round
+      it on the way out returns Quantized(values [T, N * H], scale [], [T] or [N * H / 128, T]) instead.
 
   Raises:
     ValueError: a shape or dtype breaks these rules, or a forced implementation cannot run.
@@ -65,6 +66,7 @@ def paged_attention(
     first_page=first_page,
     quantize=quantize,
     static_scale=static_scale,
+    grouped=grouped,
   )
 
 

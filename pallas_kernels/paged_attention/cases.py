@@ -27,6 +27,7 @@ class AttentionCase(TunableCase):
   H: int
   C: int
   M: int
+  grouped: bool = False  # decode: the result in float8 with scales of groups
   operation: ClassVar[str] = "paged_attention"
   uses_tensor_cores: ClassVar[bool] = True
 
@@ -41,7 +42,7 @@ class AttentionCase(TunableCase):
 
   def call(self, *arguments, target: Target, implementation: str = "sm90") -> jax.Array | Quantized:
     *arrays, k_scale, v_scale = arguments
-    options = {"implementation": implementation, "target": target}
+    options = {"implementation": implementation, "target": target, "quantize": self.grouped, "grouped": self.grouped}
     return api.paged_attention(*arrays, k_scale=k_scale, v_scale=v_scale, **options)
 
   def flight(self, target: Target) -> Flight:
@@ -105,6 +106,8 @@ CASES = (
   AttentionCase("decode-fp8-pages-of-32", "fp8", None, 8, 9, 3, 64, 32, 64),
   AttentionCase("decode-fp8-pages-of-128", "fp8", None, 8, 32, 8, 128, 128, 64),
   AttentionCase("decode-fp8-128k", "fp8", None, 1, 16, 1, 128, 64, 2048),
+  AttentionCase("decode-fp8-groups", "fp8", None, 8, 32, 4, 128, 64, 64, grouped=True),
+  AttentionCase("decode-fp8-groups-of-two-heads", "fp8", None, 8, 32, 8, 64, 64, 64, grouped=True),
   AttentionCase("decode-bf16", "bf16", None, 8, 8, 1, 128, 64, 32),
   AttentionCase("prefill-fp8", "fp8", 512, 4, 8, 1, 128, 64, 64),
   AttentionCase("prefill-fp8-pages-of-32", "fp8", 512, 4, 9, 3, 64, 32, 64),

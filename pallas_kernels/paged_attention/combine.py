@@ -3,6 +3,7 @@
 A split holds the normalized output over some pages and log2 of its softmax sum. With weights 2^(log_sum - row_max) the result
 is that of one softmax over all pages (flash decoding, Dao et al. 2023).
 
+    groups:     CTA = up to 4 groups of 128 channels, each with a scale of its own in float8
     few bytes:  CTA = one token; its heads one after the other, then the token's largest value, its scale, and float8
     many:       CTA = up to 4 query heads x 32 channels, so that all SMs read; rounded only with a scale that is given
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.costs import record
-from pallas_kernels.float8 import FLOAT8, Quantized, scale_of, to_float8
+from pallas_kernels.float8 import FLOAT8, GROUP, Quantized, scale_of, to_float8
 from pallas_kernels.paged_attention.cost import combine_cost
 from pallas_kernels.register_layouts import row_layout
 
@@ -32,19 +33,26 @@ _LOWEST = -1e30
 class _Operands(NamedTuple):
   """A kernel's inputs in device memory."""
 
-  values: jax.Array  # [T, K, S, G or more, H]
-  log_sum: jax.Array  # [T, K, S, G or more]
+  values: jax.Array  # [T, K, S, G or more, H]; for groups [T, K, S, groups, heads of a group, H]
+  log_sum: jax.Array  # the same without H
   static_scale: jax.Array | None = None  # [1]
 
 
-def combine(values, log_sum, G: int, *, quantize: bool, dtype, static_scale=None) -> jax.Array | Quantized:
+def combine(
+  values, log_sum, G: int, *, quantize: bool, dtype, static_scale=None, grouped: bool = False
+) -> jax.Array | Quantized:
   """values [T, K, S, G or more, H] (float32, or `dtype` for S = 1) and log_sum float32 [T, K, S, G or more].
 
-  Returns [T, N, H] in dtype; or with `quantize` Quantized with values [T, N * H], if the scale is given (float32 []) or one SM
-  may read a token's splits.
+  Returns [T, N, H] in dtype; or with `quantize` Quantized with values [T, N * H], if the scale is given (float32 []), or groups
+  of 128 channels have a scale each (`grouped`) and none crosses KV heads, or one SM may read a token's splits.
   """
-  T, K, S, _, H = values.shape
+  T, K, S, rows, H = values.shape
   static = static_scale.reshape(1) if static_scale is not None and quantize else None
+  if quantize and static is None and grouped:
+    if G % (GROUP // H) or rows % (GROUP // H):
+      quantize = False  # a group crosses KV heads: the linear layer rounds
+    else:
+      return _combine_in_groups(values, log_sum, G, dtype)
   if quantize and static is None and K * S * G * H * values.dtype.itemsize <= _ONE_SM_BYTES:
     return _combine_and_quantize(values, log_sum, G, dtype)
   rows = math.gcd(G, 4)
@@ -100,6 +108,45 @@ def _combine_and_quantize(values, log_sum, G: int, dtype) -> Quantized:
   )(_Operands(values, log_sum))
   record("combine", cost)
   return joined._replace(values=joined.values.reshape(T, -1))
+
+
+def _combine_in_groups(values, log_sum, G: int, dtype) -> Quantized:
+  """Joins up to four groups of 128 channels in a CTA, each one head of 128 or two heads of 64, and rounds each by itself."""
+  T, K, S, _, H = values.shape
+  heads = GROUP // H  # of a group
+  groups = G // heads
+  at_once = math.gcd(groups, 4)
+
+  def kernel(gmem: Any, out: Any):  # gmem: _Operands, out: Quantized, of references
+    token, head, own = lax.axis_index("token"), lax.axis_index("head"), pl.ds(lax.axis_index("groups") * at_once, at_once)
+
+    def joined(i):
+      return _join(gmem.values.at[token, head, :, own, i], gmem.log_sum.at[token, head, :, own, i]).astype(dtype)
+
+    parts = [joined(i).astype(jnp.float32) for i in range(heads)]
+    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(x), axis=1) for x in parts))  # mutant: largest of a group
+    scale = scale_of(largest)
+    for i, x in enumerate(parts):
+      factor = lax.broadcast_in_dim(1 / scale, x.shape, [0])
+      plgpu.store(out.values.at[token, head, own, i], to_float8(x * factor), optimized=False)
+    plgpu.store(out.scale.at[head, own, token], scale, optimized=False)
+
+  shapes: Any = (
+    jax.ShapeDtypeStruct((T, K, groups, heads, H), FLOAT8),
+    jax.ShapeDtypeStruct((K, groups, T), jnp.float32),
+  )
+  out_type = Quantized(*shapes)
+  cost = combine_cost(values, log_sum, out_type)
+  (joined,) = plgpu.kernel(
+    kernel,
+    out_type=(out_type,),
+    grid=(T, K, groups // at_once),
+    grid_names=("token", "head", "groups"),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    cost_estimate=cost.estimate(),
+  )(_Operands(values.reshape(T, K, S, -1, heads, H), log_sum.reshape(T, K, S, -1, heads)))
+  record("combine", cost)
+  return Quantized(joined.values.reshape(T, -1), joined.scale.reshape(-1, T))
 
 
 def _join(splits, log_sums):

@@ -71,6 +71,7 @@ def paged_attention(
   first_page=0,
   quantize=False,
   static_scale=None,
+  grouped=False,
   target: Target,
 ) -> jax.Array | Quantized:
   T, N, H = q_TNH.shape
@@ -99,7 +100,8 @@ def paged_attention(
   if (held := costs.lengths()) is not None:
     costs.record("paged_attention", call_cost(q_TNH, pools, splits, T, held))
   if decode and (quantize or tiling.splits > 1):
-    return combine(*splits, N // K, quantize=quantize, dtype=q_TNH.dtype, static_scale=static_scale)
+    rounding = {"quantize": quantize, "static_scale": static_scale, "grouped": grouped}
+    return combine(*splits, N // K, dtype=q_TNH.dtype, **rounding)
   out = splits.values[:, :, 0] if tiling.splits == 1 else _joined(*splits, q_TNH.dtype)
   out = out[:, :, : tiling.tokens * N // K]  # [tiles, K, tokens * G, H]
   if tiles is None:

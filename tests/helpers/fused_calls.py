@@ -29,12 +29,20 @@ def as_vector(*parts):
 
 
 def activations(result):
-  return wide(result.values) * wide(result.scale).reshape(-1, 1) if isinstance(result, Quantized) else wide(result)
+  if not isinstance(result, Quantized):
+    return wide(result)
+  scale = wide(result.scale)
+  scale = np.repeat(scale.T, 128, axis=1) if scale.ndim == 2 else scale.reshape(-1, 1)
+  return wide(result.values) * scale
 
 
-def rounded(x, quantize, static):
+def rounded(x, quantize, static, grouped=False):
   """What the linear that follows gets, by numpy."""
   x = x.astype(np.float32).astype(BF16)
+  if quantize and grouped:
+    groups = x.reshape(len(x), -1, 128)
+    q, scale = to_float8(groups.astype(np.float32))
+    return (wide(q) * scale[..., None]).reshape(x.shape)
   if not quantize:
     return wide(x)
   if static is not None:
@@ -75,6 +83,7 @@ class Norm(Call):
   D: int
   quantize: bool = True
   static: float | None = None
+  grouped: bool = False
 
   def arrays(self):
     rng = np.random.default_rng(self.T * self.D)
@@ -84,11 +93,16 @@ class Norm(Call):
     total = wide((x.astype(np.float32) + y.astype(np.float32)).astype(BF16))
     normed = total / np.sqrt((total**2).mean(axis=1, keepdims=True) + 0.5) * weight
     static = None if self.static is None else np.float32(self.static)
-    return (x, y, weight, static), as_vector(total, normed), as_vector(total, rounded(normed, self.quantize, static))
+    return (
+      (x, y, weight, static),
+      as_vector(total, normed),
+      as_vector(total, rounded(normed, self.quantize, static, self.grouped)),
+    )
 
   def call(self, kernels, arrays):
     *arrays, static = arrays
-    return kernels.residual_norm(*arrays, eps=0.5, quantize=self.quantize, static_scale=static, target=GPU)
+    rounding = {"quantize": self.quantize, "static_scale": static, "grouped": self.grouped}
+    return kernels.residual_norm(*arrays, eps=0.5, **rounding, target=GPU)
 
   def vector(self, result):
     return as_vector(result[0], activations(result[1]))
@@ -103,6 +117,7 @@ class Silu(Call):
   static: float | None = None
   token_scale: str | None = "token"
   channel_scale: bool = True
+  grouped: bool = False
 
   def arrays(self):
     rng = np.random.default_rng(self.T * self.F + self.S)
@@ -110,11 +125,12 @@ class Silu(Call):
     gate, up = total[:, : self.F], total[:, self.F :]
     static = None if self.static is None else np.float32(self.static)
     hidden = gate / (1 + np.exp(-gate)) * up
-    return (sums, static), as_vector(hidden), as_vector(rounded(hidden, self.quantize, static))
+    return (sums, static), as_vector(hidden), as_vector(rounded(hidden, self.quantize, static, self.grouped))
 
   def call(self, kernels, arrays):
     sums, static = arrays
-    return kernels.silu_multiply(sums, quantize=self.quantize, static_scale=static, dtype=jnp.bfloat16, target=GPU)
+    rounding = {"quantize": self.quantize, "static_scale": static, "grouped": self.grouped}
+    return kernels.silu_multiply(sums, **rounding, dtype=jnp.bfloat16, target=GPU)
 
   def vector(self, result):
     return as_vector(activations(result))
@@ -200,10 +216,12 @@ class Joined(Call):
   G: int
   quantize: bool = True
   static: float | None = None
+  grouped: bool = False
+  H: int = 64
 
   def arrays(self):
     rng = np.random.default_rng(self.S)
-    out = rng.normal(size=(2, self.K, self.S, self.G, 64)).astype(np.float32)
+    out = rng.normal(size=(2, self.K, self.S, self.G, self.H)).astype(np.float32)
     sums = (10 * rng.normal(size=(2, self.K, self.S, self.G))).astype(np.float32)
     empty = rng.random(sums.shape) < (0.3 if self.S > 1 else 0)
     out, sums = np.where(empty[..., None], 0, out), np.where(empty, np.float32(-1e30), sums)
@@ -213,11 +231,12 @@ class Joined(Call):
     out[:, -1] *= 1 if self.K == 1 else 3  # the largest value is not the first head's
     truth = truth.reshape(2, -1)
     static = None if self.static is None else np.float32(self.static)
-    return (out, sums, static), as_vector(truth), as_vector(rounded(truth, self.quantize, static))
+    return (out, sums, static), as_vector(truth), as_vector(rounded(truth, self.quantize, static, self.grouped))
 
   def call(self, kernels, arrays):
     *parts, static = arrays
-    return kernels.combine(*parts, self.G, quantize=self.quantize, dtype=jnp.bfloat16, static_scale=static)
+    rounding = {"quantize": self.quantize, "static_scale": static, "grouped": self.grouped}
+    return kernels.combine(*parts, self.G, dtype=jnp.bfloat16, **rounding)
 
   def vector(self, result):
     return as_vector(activations(result))

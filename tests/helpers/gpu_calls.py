@@ -70,14 +70,15 @@ class Matmul:
     w = np.clip(w * 100, -448, 448).astype(FP8)
     if self.form == "w8a16":
       return x.astype(BF16), w, w_scale, None
-    x_scale = np.asarray(np.exp(1.5 * rng.normal(size=() if self.static else (self.T,))), np.float32)
+    groups = (-(-self.D // 128),) if self.block_rows else ()  # block scales of w come with scales of groups of x
+    x_scale = np.asarray(np.exp(1.5 * rng.normal(size=() if self.static else (*groups, self.T))), np.float32)
     return np.clip(x * 100, -448, 448).astype(FP8), w, w_scale, x_scale
 
   def truth(self):
     return in_one_program(functools.partial(matmul_reference.fp8_matmul, out_dtype=F32), *self.arrays())
 
   def cost(self) -> int:
-    form = matmul_tiling.form_of(*self.arrays()[:3])
+    form = matmul_tiling.form_of(*self.arrays())
     return matmul_cost.tma_cost(self.T, self.F, self.D, form, self.target)[0]
 
   def run(self, kernels):

@@ -11,6 +11,7 @@ import re
 import types
 
 from pallas_kernels.fp8_matmul import sm90 as matmul
+from pallas_kernels.fused import rows
 from pallas_kernels.fused import sm90 as fused
 from pallas_kernels.paged_attention import combine
 from pallas_kernels.paged_attention import sm90 as attention
@@ -56,10 +57,19 @@ class Mutant:
     lines[statement.lineno - 1 : statement.end_lineno] = [" " * statement.col_offset + "pass", *[""] * rest]
 
   def load(self) -> types.ModuleType:
-    """The kernel's module with the mistake in it."""
-    mutant = types.ModuleType(f"{self.module.__name__}_mutant")
-    exec(compile(self.source(), f"<{self}>", "exec"), mutant.__dict__)
-    return mutant
+    """The kernels' module with the mistake in it, or in the module that its rows come from."""
+    mutant = _run(self.source(), f"<{self}>", self.module)
+    if self.module is not rows:
+      return mutant
+    kernels = _run(inspect.getsource(fused), f"<{self}>", fused)
+    vars(kernels).update({name: vars(mutant)[name] for name in ("Row", "Rounding")})
+    return kernels
+
+
+def _run(source: str, path: str, original: types.ModuleType) -> types.ModuleType:
+  module = types.ModuleType(f"{original.__name__}_mutant")
+  exec(compile(source, path, "exec"), module.__dict__)
+  return module
 
 
 ALIKE = r"exp2\((.*)\)$", r"exp2(0 * (\1))"
@@ -70,6 +80,7 @@ MATMUL = (
   Mutant("drops the token scale", matmul, "token scale"),
   Mutant("drops the static scale", matmul, "static scale"),
   Mutant("forgets a part's token scale", matmul, "splits", r", \w+\)$", ", None)"),
+  Mutant("takes the first tokens' scales for all tiles", matmul, "tokens of the groups", r"pl\.ds\(\w+", "pl.ds(0"),
   Mutant("drops the block scale", matmul, "block scale", r"\w+ = ", ""),
   Mutant("takes the first block's scale for all columns", matmul, "column of the block", r"= .*", "= jnp.int32(0)"),
   Mutant("takes the first block's scale for all rows", matmul, "row of the block", r"= .*", "= jnp.int32(0)"),
@@ -107,15 +118,18 @@ COMBINE = (
   Mutant("joins all parts alike", combine, "weights of splits", *ALIKE),
   Mutant("does not shrink what was joined before", combine, "rescale"),
   Mutant("loses the last parts", combine, "last splits"),
+  Mutant("scales a group with its first head", combine, "largest of a group", r"in (\w+)\)\)", r"in \1[:1]))"),
   Mutant("scales with one head's largest value", combine, "largest value", r"in (\w+)\)\)", r"in \1[:1]))"),
 )
 
 FUSED = (
   Mutant("drops the residual", fused, "residual", r" \+ \w+\.astype\(jnp\.float32\)", ""),
-  Mutant("a warpgroup sums alone", fused, "lone warpgroup", r"if .*:", "if True:"),
-  Mutant("warpgroups do not wait for each other", fused, "wait for warpgroups"),
-  Mutant("both meetings share their places", fused, "number of the meeting", r"$", " * 0"),
-  Mutant("all warpgroups write the scale", fused, "writer of the scale", r"pl\.when\(.*\)", "pl.when(token >= 0)"),
+  Mutant("a warpgroup sums alone", rows, "lone warpgroup", r"if .*:", "if True:"),
+  Mutant("warpgroups do not wait for each other", rows, "wait for warpgroups"),
+  Mutant("both meetings share their places", rows, "number of the meeting", r"$", " * 0"),
+  Mutant("takes one scale for all groups", rows, "scale of a group", r"axis=1\)", "axis=1) * 0 + jnp.max(jnp.abs(piece))"),
+  Mutant("writes all groups' scales to one place", rows, "place of a group's scale", r"at\[part\]", "at[pl.ds(0, row.piece)]"),
+  Mutant("all warpgroups write the scale", rows, "writer of the scale", r"pl\.when\(.*\)", "pl.when(token >= 0)"),
   Mutant("drops the norm's weight", fused, "weight of the norm", r"\((\w+ \* \w+) \* \w+\)", r"(\1)"),
   Mutant("swaps gate and up", fused, "gate and up", *SWAP),
   Mutant("forgets the token's scale", fused, "token scale", r"\[\w+\]", "[0]"),

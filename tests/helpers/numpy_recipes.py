@@ -62,7 +62,7 @@ class NumpyRecipe:
 
   def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
     if self.recipe.activations == "fp8":
-      x = fake_quantize(x, 1)
+      x = fake_quantize_groups(x) if self.recipe.granularity == "block128" else fake_quantize(x, 1)
     if self.recipe.activations.is_static:
       x = _through_float8(x, self.scales[name.replace(".weight", ".input_scale[]")])
     return self._stream(x @ self.weights[name].T)
@@ -95,6 +95,11 @@ def fake_quantize_weight(weight: np.ndarray, granularity: str) -> np.ndarray:
       block = np.s_[row : row + 128, column : column + 128]
       out[block] = fake_quantize(weight[block], None)
   return out
+
+
+def fake_quantize_groups(x: np.ndarray) -> np.ndarray:
+  """x [T, D] rounded to float8, as float32, with one scale for each token and 128 columns."""
+  return np.concatenate([fake_quantize(x[:, start : start + 128], 1) for start in range(0, x.shape[1], 128)], axis=1)
 
 
 def fake_quantize(x: np.ndarray, axis: int | None) -> np.ndarray:

@@ -17,7 +17,7 @@ DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "fp8": ml_dtypes.float8
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """block_rows: 0 is a scale per channel. x_scale: "token", "static", or "" for plain activations."""
+  """block_rows: 0 is a scale per channel. x_scale: "token", "groups", "static", or "" for plain activations."""
 
   x: str
   w: str
@@ -42,7 +42,7 @@ class Call:
     if self.w == "fp8":
       w_scale = scales(self.F // self.block_rows, -(-self.D // 128)) if self.block_rows else scales(self.F)
     if self.x == "fp8":
-      x_scale = scales(self.T) if self.x_scale == "token" else scales()
+      x_scale = scales(*{"token": (self.T,), "groups": (-(-self.D // 128), self.T), "static": ()}[self.x_scale])
     return x, w, w_scale, x_scale
 
 
@@ -62,7 +62,8 @@ CALLS = {
   "w8a8": Call("fp8", "fp8", 16, 130, 257, x_scale="token"),
   "w8a8_one_row": Call("fp8", "fp8", 1, 128, 128, x_scale="token"),
   "w8a8_static": Call("fp8", "fp8", 6, 91, 52, x_scale="static"),
-  "w8a8_blocks": Call("fp8", "fp8", 5, 256, 200, block_rows=128, x_scale="token"),
+  "w8a8_blocks": Call("fp8", "fp8", 5, 256, 200, block_rows=128, x_scale="groups"),
+  "w8a8_blocks_static": Call("fp8", "fp8", 5, 256, 200, block_rows=128, x_scale="static"),
   "one_of_each": Call("f32", "fp8", 1, 1, 1),
 }
 
@@ -74,6 +75,8 @@ def truth(x, w, w_scale, x_scale) -> np.ndarray:
   elif w_scale is not None:
     rows = w.shape[0] // w_scale.shape[0]
     w = np.array([[w[f, d] * float(w_scale[f // rows, d // 128]) for d in range(w.shape[1])] for f in range(w.shape[0])])
+  if x_scale is not None and x_scale.ndim == 2:
+    x, x_scale = x.astype(np.float64) * np.repeat(x_scale.astype(np.float64), 128, axis=0)[: x.shape[1]].T, None
   y = x.astype(np.float64) @ w.T
   return y if x_scale is None else y * (x_scale[:, None] if x_scale.ndim else float(x_scale))
 
@@ -170,11 +173,11 @@ class TestCpu(Conformance):
     (x, w, w_scale, x_scale), _ = case(name)
     whole = np.asarray(multiply("cpu")(x, w, w_scale, x_scale))
     for rows in (1, 2, 3, len(x) - 1):
-      scale = x_scale if x_scale is None or x_scale.ndim == 0 else x_scale[:rows]
+      scale = x_scale if x_scale is None or x_scale.ndim == 0 else x_scale[..., :rows]
       part = np.asarray(multiply("cpu")(x[:rows], w, w_scale, scale))
       np.testing.assert_array_equal(part.view(np.int32), whole[:rows].view(np.int32))
 
-  @pytest.mark.parametrize("name", ["blocks", "bf16_fp8"])
+  @pytest.mark.parametrize("name", ["blocks", "bf16_fp8", "w8a8_blocks"])
   def test_large_matrices_go_in_blocks_of_rows(self, name, monkeypatch):
     """With room for a fraction of the matrix, in loops: the same bits."""
     arrays, _ = case(name)
@@ -226,6 +229,8 @@ class TestRules:
       ((X.astype(np.float16), W), "float8_e4m3fn, bfloat16 or float32; got float16"),
       ((X, W.astype(np.float16)), "w must be"),
       ((X8, W8, SCALE, X_SCALE[:3]), "x_scale must be float32"),
+      ((X8, W8, SCALE, X_SCALE[None]), "needs weights with block scales"),
+      ((X8, W8, np.ones((1, 1), np.float32), X_SCALE[:, None]), "x_scale must be float32"),
       ((X8, W8, SCALE, X_SCALE.astype(ml_dtypes.bfloat16)), "x_scale must be float32"),
       ((X, W8, SCALE[:5]), "w_scale must be float32"),
       ((X, W8, SCALE.astype(ml_dtypes.bfloat16)), "w_scale must be float32"),

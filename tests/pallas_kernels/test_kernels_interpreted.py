@@ -33,7 +33,11 @@ MATMULS = (
   Matmul("bf16", 1, 72, 576),
   Matmul("bf16", 3, 72, 512, num_sms=16),
   Matmul("bf16", 48, 192, 256),
+  Matmul("w8a8", 3, 128, 576, block_rows=128),
+  Matmul("w8a8", 8, 64, 2048, block_rows=64, num_sms=16),
+  Matmul("w8a8", 17, 192, 512, block_rows=64),
   Matmul("w8a8", 150, 264, 256),
+  Matmul("w8a8", 140, 256, 320, block_rows=128),
   Matmul("w8a16", 100, 256, 704, block_rows=64),
   Matmul("bf16", 65, 136, 192),
 )

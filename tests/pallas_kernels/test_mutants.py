@@ -9,6 +9,7 @@ from tests.helpers.gpu_calls import Attention, Matmul
 CALLS = {
   gpu_mutants.matmul: {
     "block": Matmul("w8a8", 20, 256, 256, block_rows=64),
+    "first tokens": Matmul("w8a8", 130, 64, 256, block_rows=64),
     "static": Matmul("w8a8", 4, 64, 256, static=True),
     "float16": Matmul("w8a16", 2, 64, 1024, x_size=1e6),
     "frees": Matmul("w8a16", 1, 64, 4096),
@@ -26,12 +27,16 @@ CALLS = {
   },
   gpu_mutants.combine: {
     "one head": Joined(S=3, K=2, G=2),
+    "first head": Joined(S=3, K=2, G=2, grouped=True),
     "": Joined(S=150, K=1, G=2),
+  },
+  gpu_mutants.rows: {
+    "group": Norm(1, 1024, grouped=True),
+    "warpgroup": Norm(2, 512),
+    "meetings": Norm(1, 512),
   },
   gpu_mutants.fused: {
     "residual": Norm(2, 512),
-    "warpgroup": Norm(2, 512),
-    "meetings": Norm(1, 512),
     "norm": Norm(2, 512),
     "gate": Silu(2, 256, S=3),
     "token": Silu(2, 256, S=3),

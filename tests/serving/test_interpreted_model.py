@@ -16,6 +16,7 @@ from tests.helpers import tiny_llamas, tiny_models
 TINY = dataclasses.replace(LlamaConfig.from_name("tiny"), d_model=128, d_ff=256)
 RECIPES = {
   "w8a8-kv8": Recipe(weights="fp8", activations="fp8", kv="fp8"),
+  "w8a8-block-kv8": Recipe(weights="fp8", granularity="block128", activations="fp8", kv="fp8"),
   "w8a16-block-kv16": Recipe(weights="fp8", granularity="block128", activations="bf16", kv="bf16"),
 }
 
