@@ -54,6 +54,8 @@ class Manifest:
   def to_json(self) -> str:
     """The text of jaxfp8.json."""
     tokenizer = self.tokenizer and {"special_tokens": self.tokenizer.special_tokens, "add_bos": self.tokenizer.add_bos}
+    if tokenizer and self.tokenizer and self.tokenizer.special_in_chats:
+      tokenizer["special_in_chats"] = True
     data = {
       "format_version": FORMAT_VERSION,
       "config": self.config.to_dict(),
@@ -120,6 +122,7 @@ def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any]) -> Tokeni
     chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
     special_tokens=settings["special_tokens"],
     add_bos=settings["add_bos"],
+    special_in_chats=settings.get("special_in_chats", False),
   )
 
 

@@ -6,6 +6,17 @@ from collections.abc import Sequence
 from jaxfp8.errors import InputError
 
 
+def encode_raw(tokenizer, text: str) -> list[int]:
+  """The ids of a prompt without a chat template; a note on stderr if they begin with two BOS tokens."""
+  ids = tokenizer.encode(text)
+  if tokenizer.has_two_bos(ids):
+    bos = tokenizer.token_text(tokenizer.bos_id)
+    print(
+      f"generate: the prompt begins with two BOS tokens: this model's tokenizer writes one. Leave out {bos!r}.", file=sys.stderr
+    )
+  return ids
+
+
 def answer(engine, requests: Sequence, prompts: Sequence[str], *, show: bool) -> list:
   """Runs all requests together and returns their completions in order; prints their text if `show` is set."""
   completions, printer = [None] * len(requests), _OrderedPrinter(prompts)
@@ -68,7 +79,7 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
       continue
     turn = [*history, {"role": "user", "content": line.strip()}]
     try:
-      prompt = tokenizer.chat(turn) if chat else tokenizer.encode(line)
+      prompt = tokenizer.chat(turn) if chat else encode_raw(tokenizer, line)
       requests = followers.share([Request(tuple(prompt), params)])
       (completion,) = answer(engine, requests or [], [line], show=True)
     except InputError as error:

@@ -236,7 +236,7 @@ def _is_chat(tokenizer, name: str) -> bool:
 
 
 def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
-  return tokenizer.chat([*_system(), {"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+  return tokenizer.chat([*_system(), {"role": "user", "content": prompt}]) if chat else answers.encode_raw(tokenizer, prompt)
 
 
 def _system() -> list[dict[str, str]]:

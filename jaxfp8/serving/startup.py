@@ -112,6 +112,7 @@ def _open(options: LoadOptions, progress: Progress) -> tuple[Source, Recipe]:
     return checkpoint, _stored_recipe(checkpoint, options)
   if not options.cache_dir:
     source = readers.open_source(path)
+    _check_source(source, options)
     granularity = options.granularity or source_granularity(source) or Granularity.CHANNEL
     return source, _recipe(options, options.weights or Precision.FP8, granularity)
   recipe = _recipe(options, options.weights or Precision.FP8, options.granularity or Granularity.CHANNEL)

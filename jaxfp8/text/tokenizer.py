@@ -42,10 +42,7 @@ class Tokenizer:
 
     Raises InputError if the checkpoint has no tokenizer.
     """
-    files = open_checkpoint(path).find_tokenizer()
-    if files is None:
-      raise InputError(f"tokenizer: {path} has none, so it cannot read text. Pass a checkpoint with tokenizer.json.")
-    return cls(files)
+    return cls(open_checkpoint(path).tokenizer)
 
   @property
   def vocab_size(self) -> int:
@@ -66,22 +63,33 @@ class Tokenizer:
     return self._special_ids.get(text)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a raw prompt, with one leading BOS if the model wants BOS. Recognizes special tokens written in the text.
+    """The ids of a raw prompt, with the BOS or EOS that the tokenizer writes. Recognizes special tokens written in the text.
 
-    Raises InputError for text with lone surrogates.
+    A text that begins with BOS's own text gets a second BOS, as in transformers and llama.cpp (`has_two_bos`). Raises
+    InputError for text with lone surrogates.
     """
-    ids = self._encode(text)
+    ids = self._encode(text, add_special=True)
     if self._files.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
       ids.insert(0, self.bos_id)
     return ids
 
+  def has_two_bos(self, ids: Sequence[int]) -> bool:
+    """Whether ids begin with BOS twice: then the prompt's text had one that the tokenizer writes already."""
+    return self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2
+
   def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
     """The ids of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
-    BOS is present if and only if the template writes BOS, as in transformers. Special tokens written in a message are
-    recognized too: callers that pass on text from strangers should check the text for them.
+    BOS is present if the template writes it, as in transformers; of a GGUF file also if the file says so, as in llama.cpp.
+    It is there once. Special tokens written in a message are recognized too: callers that pass on text from strangers should
+    check the text for them.
     """
-    return self._encode(self.chat_text(messages, add_generation_prompt))
+    ids = self._encode(self.chat_text(messages, add_generation_prompt), add_special=self._files.special_in_chats)
+    while self.has_two_bos(ids):
+      del ids[0]
+    if self._files.special_in_chats and self.eos_id is not None and ids[-2:] == [self.eos_id] * 2:
+      ids.pop()
+    return ids
 
   def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """The text that `chat` encodes. Raises InputError if the model has no template or the template fails."""
@@ -100,12 +108,12 @@ class Tokenizer:
   def stream(self) -> "TextStream":
     return TextStream(self)
 
-  def _encode(self, text: str) -> list[int]:
+  def _encode(self, text: str, add_special: bool) -> list[int]:
     try:
       text.encode("utf-8")  # for a lone surrogate the library itself raises TypeError
     except UnicodeEncodeError as error:
       raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
   def _named_id(self, name: str) -> int | None:
     text = self._files.special_tokens.get(name)

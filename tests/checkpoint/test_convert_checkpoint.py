@@ -445,7 +445,7 @@ class TestExport:
         scale = source.read_scale(name).reshape(-1)
         np.testing.assert_array_equal(scale, np.broadcast_to(tensors[name + "_scale"].reshape(-1), scale.shape))
     assert source.read_static("model.layers.2.self_attn.k_scale").tolist() == heads.reshape(-1).tolist()
-    assert source.tokenizer.chat_template == tiny_models.CHAT_TEMPLATE and source.tokenizer.add_bos
+    assert source.tokenizer.chat_template == tiny_models.CHAT_TEMPLATE and source.tokenizer.special_tokens
 
   def test_the_tool(self, converted, tmp_path):
     ran = tool("export_checkpoint", "--input", converted[0], "--output", tmp_path / "out")

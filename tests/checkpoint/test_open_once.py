@@ -105,7 +105,7 @@ class TestRelativePaths:
   def test_a_source(self, here):
     source = open_checkpoint("source")
     os.chdir("elsewhere")
-    assert source.tokenizer.add_bos
+    assert source.tokenizer.special_tokens
     assert_same(load(source), load(here / "source", default_recipe(source)))
 
   def test_an_output_whose_writer_outlives_a_chdir(self, here):

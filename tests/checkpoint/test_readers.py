@@ -77,7 +77,7 @@ def test_the_tokenizer_of_a_folder(tmp_path):
   files = readers.open_source(folder).tokenizer
   assert files.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
   assert files.chat_template == tiny_models.CHAT_TEMPLATE
-  assert files.add_bos  # the post-processor says so
+  assert not files.add_bos  # tokenizer.json itself writes BOS
   templates = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
   settings = {"add_bos_token": False, "chat_template": templates}
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))

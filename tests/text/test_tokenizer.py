@@ -72,24 +72,6 @@ def test_merges_of_a_worked_example():
   assert merges == [["a", "b"], ["b", "a"], ["a", "ba"], ["ab", "a"]]
 
 
-# \p{N}{1,3} from the left, letters take one leading sign, line ends stay with what stands before them.
-LLAMA3_CUT = ("I've 12345 naïve_x\n\n  go!!\n", ["I", "'ve", "Ġ", "123", "45", "ĠnaÃ¯ve", "_x", "ĊĊ", "Ġ", "Ġgo", "!!Ċ"])
-CUTS = {
-  "llama-bpe": LLAMA3_CUT,
-  "smollm": ("I've 12345 x", ["I", "'ve", "Ġ", "1", "2", "3", "4", "5", "Ġx"]),
-  "gpt-2": ("I've 12345 x  y", ["I", "'ve", "Ġ12345", "Ġx", "Ġ", "Ġy"]),
-  "default": ("a=12345 x", ["a", "=", "123", "45", "Ġx"]),
-}
-
-
-@pytest.mark.parametrize("pre", CUTS)
-def test_pre_tokenizers_cut_where_they_should(pre):
-  text, pieces = CUTS[pre]
-  metadata = _byte_level_metadata(pre)
-  cutter = Tokenizer(tokenizer_files(metadata, pathlib.Path("x")))._tokenizer.pre_tokenizer
-  assert [piece for piece, _ in cutter.pre_tokenize_str(text)] == pieces
-
-
 def _byte_level_metadata(pre, **change):
   keys = {"model": "gpt2", "pre": pre, "tokens": ["<s>", "a", "b", "ab", "abc", "c"], "merges": ["a b"]}
   keys |= {"token_type": [3, 1, 1, 1, 1, 1], "bos_token_id": 0, **change}
@@ -106,8 +88,9 @@ def test_llama3_takes_whole_words_and_bos():
 @pytest.mark.parametrize(
   ("metadata", "says"),
   [
-    (_byte_level_metadata("tekken"), "pre must be one of .* got 'tekken'"),
+    (_byte_level_metadata("gemma4"), "pre must be one of .*tekken.* got 'gemma4'"),
     (_byte_level_metadata("gpt-2", model="bert"), "model must be one of gpt2, llama; got 'bert'"),
+    (_byte_level_metadata("gpt-2", model="none"), "x holds none"),
     (_byte_level_metadata("gpt-2", merges=None), "tokenizer in x is broken: KeyError.*merges"),
     (_byte_level_metadata("gpt-2", tokens=["a"] * 6), "broken.*5 tokens occur twice"),
     (_byte_level_metadata("gpt-2", bos_token_id=99), "broken: IndexError"),
@@ -127,12 +110,13 @@ def test_a_broken_tokenizer_json(text):
     _tiny(tokenizer_json=text)
 
 
-def test_bos_once():
-  assert _tiny(add_bos=True).encode("a") == [1, *_tiny().encode("a")]
-  assert _tiny(add_bos=True).encode("<s>a") == _tiny(add_bos=True).encode("a")
-  assert _tiny(add_bos=True).encode("") == [1]
-  assert _tiny().encode("") == []  # although the file's own post-processor would add one
-  assert _tiny(add_bos=True, special_tokens={}).encode("") == []
+def test_checkpoints_of_older_versions_have_bos_once():
+  """They keep it in `add_bos`, not in tokenizer.json."""
+  document = json.dumps({**tiny_models.tiny_tokenizer(103), "post_processor": None})
+  old, none = _tiny(add_bos=True, tokenizer_json=document), _tiny(tokenizer_json=document)
+  assert old.encode("a") == [1, *none.encode("a")] and old.encode("") == [1]
+  assert old.encode("<s>a") == old.encode("a")
+  assert _tiny(add_bos=True, tokenizer_json=document, special_tokens={}).encode("") == []
 
 
 def test_text_that_is_not_unicode():

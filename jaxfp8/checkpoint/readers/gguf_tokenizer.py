@@ -1,10 +1,10 @@
 """The tokenizer inside GGUF metadata, as the text of a Hugging Face `tokenizer.json`.
 
-    tokenizer.ggml.model "gpt2"   byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging
+    tokenizer.ggml.model "gpt2"   byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging (gguf_cuts)
     tokenizer.ggml.model "llama"  SentencePiece BPE with byte fallback; merges follow from the scores
 
-A model or a `pre` that is not in the tables below is refused: with other cuts, text gets other ids and the answers silently
-get worse. The cuts are those of llama.cpp's src/llama-vocab.cpp and of the tokenizer.json from which each name was made.
+A model or a `pre` that is not known is refused: with other cuts, text gets other ids and the answers silently get worse. The
+ids are those of llama.cpp (src/llama-vocab.cpp as of commit 0c1e57098), BOS and EOS around the text included.
 """
 
 import json
@@ -12,51 +12,29 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxfp8.checkpoint.readers.gguf_special import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_types
+from jaxfp8.checkpoint.readers.gguf_cuts import ADD_BOS, CUTS, IGNORE_MERGES
+from jaxfp8.checkpoint.readers.gguf_special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_types
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_DIGITS = r"\p{N}"
-# The cuts of llama.cpp for a file that names none, or "default".
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-
-# Each cut splits the pieces of the cut before it, into its matches and the text between them.
-_CUTS = {
-  "default": _DEFAULT,
-  "gpt-2": (_GPT2,),
-  "smollm": (_DIGITS, _GPT2),
-  "starcoder": (_DIGITS, _GPT2),
-  "refact": (_DIGITS, _GPT2),
-  "command-r": (_DIGITS, _GPT2),
-  "llama-bpe": (_LLAMA3,),
-  "llama3": (_LLAMA3,),
-  "llama-v3": (_LLAMA3,),
-  "dbrx": (_LLAMA3,),
-  "smaug-bpe": (_LLAMA3,),
-}
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")  # whole words of the vocabulary skip the merges; BOS is on by default
+_NO_VOCABULARY = ("none", "no_vocab")
+_MODELS = ("gpt2", "llama")
+_SPECIAL = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+_SENTENCE_PIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # of a file that does not name them
 
 
 def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> TokenizerFiles:
   """From GGUF metadata. Raises InputError, naming `path`, for an absent or unsupported tokenizer."""
   model = metadata.get("tokenizer.ggml.model")
-  if model is None or not metadata.get("tokenizer.ggml.tokens"):
+  if model is None or model in _NO_VOCABULARY or not metadata.get("tokenizer.ggml.tokens"):
     raise InputError(f"readers: text needs a tokenizer, and {path} holds none. Convert the model with its tokenizer.")
+  if model not in _MODELS:
+    raise _unknown("model", model, _MODELS)
   try:
-    if model == "gpt2":
-      document, add_bos = _byte_level(metadata)
-    elif model == "llama":
-      document, add_bos = _sentence_piece(metadata), True
-    else:
-      raise _unknown("model", model, ("gpt2", "llama"))
     tokens = metadata["tokenizer.ggml.tokens"]
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-      token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-      if token is not None:
-        special[f"{name}_token"] = tokens[token]
+    special = {name: tokens[i] for name, i in _special_ids(metadata).items()}
+    document = _byte_level(metadata) if model == "gpt2" else _sentence_piece(metadata)
+    document["post_processor"] = _post_processor(metadata, special)
   except (KeyError, IndexError, TypeError, ValueError) as error:
     if isinstance(error, InputError):
       raise
@@ -64,8 +42,8 @@ def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> Tokenize
   return TokenizerFiles(
     tokenizer_json=json.dumps(document, ensure_ascii=False),
     chat_template=metadata.get("tokenizer.chat_template"),
-    special_tokens=special,
-    add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+    special_tokens={f"{name}_token": token for name, token in special.items()},
+    special_in_chats=True,
   )
 
 
@@ -76,12 +54,40 @@ def _unknown(key: str, value: Any, supported: Sequence[str]) -> InputError:
   )
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-  """(document, default of add_bos) of GPT-2's BPE over bytes written as letters."""
-  pre = metadata.get("tokenizer.ggml.pre", "default")
-  if pre not in _CUTS:
-    raise _unknown("pre", pre, tuple(_CUTS))
-  cuts = [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in _CUTS[pre]]
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+  """The ids that the file names, or those of every SentencePiece vocabulary.
+
+  One departure: llama.cpp takes id 11 as the BOS of a "gpt2" vocabulary that names none, which is right for Falcon alone.
+  """
+  defaults = _SENTENCE_PIECE_IDS if metadata["tokenizer.ggml.model"] == "llama" else {}
+  ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(name)) for name, key in _SPECIAL}
+  return {name: i for name, i in ids.items() if i is not None}
+
+
+def _post_processor(metadata: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any] | None:
+  """BOS before a text and EOS after it, as the file says; or as its kind of vocabulary does if the file says nothing."""
+  by_default = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in ADD_BOS
+  added = {"bos": metadata.get("tokenizer.ggml.add_bos_token", by_default), "eos": metadata.get("tokenizer.ggml.add_eos_token")}
+  texts = {name: special[name] for name, adds in added.items() if adds and name in special}
+  if not texts:
+    return None
+  pieces = {name: [{"SpecialToken": {"id": text, "type_id": 0}}] for name, text in texts.items()}
+  single = [*pieces.get("bos", ()), {"Sequence": {"id": "A", "type_id": 0}}, *pieces.get("eos", ())]
+  ids = _special_ids(metadata)
+  return {
+    "type": "TemplateProcessing",
+    "single": single,
+    "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {text: {"id": text, "ids": [ids[name]], "tokens": [text]} for name, text in texts.items()},
+  }
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """GPT-2's BPE over bytes written as letters."""
+  pre = metadata.get("tokenizer.ggml.pre") or "default"
+  if pre not in CUTS:
+    raise _unknown("pre", pre, tuple(CUTS))
+  cuts = [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in CUTS[pre]]
   byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
   model = {
     "type": "BPE",
@@ -91,13 +97,13 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     "end_of_word_suffix": None,
     "fuse_unk": False,
     "byte_fallback": False,
-    "ignore_merges": pre in _LLAMA3_NAMES,
+    "ignore_merges": pre in IGNORE_MERGES,
     "vocab": _vocab(metadata["tokenizer.ggml.tokens"]),
     "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
   }
   document = _document(metadata, model, decoder=byte_level)
   document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*cuts, byte_level]}
-  return document, pre in _LLAMA3_NAMES
+  return document
 
 
 def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
   tokens = metadata["tokenizer.ggml.tokens"]
   types = token_types(metadata)
   prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-  unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN]
+  unknown = [token for token, kind in zip(tokens, types, strict=False) if kind == UNKNOWN]
   model = {
     "type": "BPE",
     "dropout": None,
@@ -113,7 +119,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
     "continuing_subword_prefix": None,
     "end_of_word_suffix": None,
     "fuse_unk": True,
-    "byte_fallback": BYTE in types,
+    "byte_fallback": "<0x0A>" in tokens,
     "ignore_merges": False,
     "vocab": _vocab(tokens),
     "merges": merges_from_scores(tokens, types, metadata["tokenizer.ggml.scores"]),
@@ -151,20 +157,20 @@ def _vocab(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _document(metadata: Mapping[str, Any], model: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-  """No post-processor: BOS is the Tokenizer's business (TokenizerFiles.add_bos)."""
+  """A tokenizer.json without its normalizer, its pre-tokenizer and its post-processor."""
   tokens = metadata["tokenizer.ggml.tokens"]
-  types = token_types(metadata)
+  strips = any(name in str(metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3"))
   added = [
     {
       "id": i,
       "content": token,
       "single_word": False,
       "lstrip": False,
-      "rstrip": False,
+      "rstrip": strips and token not in ("<unk>", "<s>", "<|endoftext|>"),
       "normalized": False,
       "special": kind != USER_DEFINED,
     }
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    for i, (token, kind) in enumerate(zip(tokens, token_types(metadata), strict=False))
     if kind in (CONTROL, USER_DEFINED, UNKNOWN)
   ]
   return {

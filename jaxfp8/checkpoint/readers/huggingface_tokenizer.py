@@ -1,8 +1,9 @@
 """The tokenizer of a Hugging Face folder: tokenizer.json, its special tokens and its chat template, as `TokenizerFiles`."""
 
 import functools
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxfp8.checkpoint.readers.json_file import as_list, parse_json, read_json
@@ -14,6 +15,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _TOKENIZER, _SETTINGS, _SPECIAL_MAP, _TEMPLATE = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
+_OTHER_FORMS = ("tokenizer.model", "tekken.json", "vocab.json")  # from which transformers makes tokenizer.json
 TEXT_FILES = (_TOKENIZER, _SETTINGS, _SPECIAL_MAP, _TEMPLATE)
 
 
@@ -28,10 +30,29 @@ class FolderTokenizer:
     """Raises InputError if tokenizer.json is absent or not JSON, or if a special token is no text."""
     text, document = self._document
     special = self._special
-    add_bos = self._settings.get("add_bos_token")
-    if not isinstance(add_bos, bool):
-      add_bos = _post_processor_adds(document.get("post_processor"), special.get("bos_token"))
-    return TokenizerFiles(text, self._chat_template(), special, add_bos)
+    changed = self._as_transformers_reads(text, document, special)
+    return TokenizerFiles(
+      text if changed is document else json.dumps(changed, ensure_ascii=False), self._chat_template(), special
+    )
+
+  def _as_transformers_reads(self, text: str, document: dict[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
+    """tokenizer.json as transformers 5.24 uses it (its post-processor alone decides on BOS, whatever add_bos_token says).
+
+    The special tokens that the other files name are special tokens. The classes LlamaTokenizer and CodeLlamaTokenizer take
+    vocabulary, merges, special tokens and post-processor from the file, and the rest from their own code, unless the file is
+    for byte-level BPE. (GPT2Tokenizer does the same, and so loses the cuts that SmolLM's file has; there the file is followed.)
+    """
+    document = _with_special(document, special.values())
+    is_bpe = isinstance(model := document.get("model"), Mapping) and model.get("type") == "BPE"
+    name = str(self._settings.get("tokenizer_class") or self._config_class).removesuffix("Fast")
+    if name in ("LlamaTokenizer", "CodeLlamaTokenizer") and is_bpe and '"ByteLevel"' not in text:
+      return _as_llama_tokenizer(document, self._settings, is_code=name != "LlamaTokenizer")
+    return document
+
+  @property
+  def _config_class(self) -> Any:
+    path = self.folder / "config.json"
+    return read_json(path).get("tokenizer_class") if path.exists() else None
 
   def end_ids(self) -> tuple[int, ...]:
     """The ids of the EOS tokens that tokenizer_config.json and special_tokens_map.json name.
@@ -47,12 +68,20 @@ class FolderTokenizer:
     """The text of tokenizer.json, and its content."""
     path = self.folder / _TOKENIZER
     if not path.exists():
-      raise InputError(
-        f"readers: text needs a tokenizer, and {self.folder} has no tokenizer.json. Fetch it with the checkpoint, "
-        "or pass token ids."
-      )
+      raise InputError(f"readers: text needs a tokenizer, and {self.folder} has {self._what_is_there()}, or pass token ids.")
     text = read_text(path)
     return text, parse_json(text, path)
+
+  def _what_is_there(self) -> str:
+    """What the folder has in the place of tokenizer.json, and what to do about it."""
+    others = [name for name in _OTHER_FORMS if (self.folder / name).exists()]
+    if not others:
+      return "no tokenizer.json. Fetch it with the checkpoint"
+    save = f"AutoTokenizer.from_pretrained({str(self.folder)!r}).save_pretrained({str(self.folder)!r})"
+    return (
+      f"{others[0]}, which is not read, and no tokenizer.json. Make it from that file with transformers and sentencepiece: "
+      f'python -c "from transformers import AutoTokenizer; {save}"'
+    )
 
   @functools.cached_property
   def _named(self) -> dict[str, dict[str, Any]]:
@@ -109,12 +138,30 @@ def _ids(document: Mapping[str, Any]) -> dict[str, int]:
   return ids
 
 
-def _post_processor_adds(processor: Any, bos: str | None) -> bool:
-  """Whether a tokenizer.json puts `bos` before the text: the first piece of a TemplateProcessing, perhaps in a Sequence."""
-  if not isinstance(processor, Mapping) or bos is None:
-    return False
-  if processor.get("type") == "Sequence":
-    return any(_post_processor_adds(inner, bos) for inner in as_list(processor.get("processors")))
-  first = next(iter(as_list(processor.get("single"))), None)
-  special = first.get("SpecialToken") if isinstance(first, Mapping) else None
-  return isinstance(special, Mapping) and special.get("id") == bos
+def _with_special(document: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
+  """The document with these texts among its special tokens, if its vocabulary has them."""
+  added = as_list(document.get("added_tokens"))
+  known, ids = {token.get("content") for token in added if isinstance(token, Mapping)}, _ids(document)
+  flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  more = [text for text in dict.fromkeys(texts) if text in ids and text not in known]
+  tokens = [{"id": ids[text], "content": text, "special": True, **flags} for text in more]
+  return {**document, "added_tokens": [*added, *tokens]} if more else document
+
+
+def _as_llama_tokenizer(document: dict[str, Any], settings: Mapping[str, Any], is_code: bool) -> dict[str, Any]:
+  """The document with the normalizer, the pre-tokenizer and the decoder of LlamaTokenizer or CodeLlamaTokenizer."""
+  prefix = settings.get("add_prefix_space") is not False
+  scheme = "never" if not prefix else "always" if settings.get("legacy") and not is_code else "first"
+  back = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+  if prefix or is_code:
+    back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+  model = {**document["model"], "dropout": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+  if not is_code:
+    model["unk_token"] = None
+  return {
+    **document,
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+    "decoder": {"type": "Sequence", "decoders": back},
+    "model": model,
+  }

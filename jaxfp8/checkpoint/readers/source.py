@@ -219,7 +219,7 @@ def read_text(path: pathlib.Path) -> str:
   if path.exists() and not path.is_file():
     raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
   except (OSError, UnicodeDecodeError) as error:
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     raise InputError(f"readers: cannot read {path}: {reason}. Fetch the file again.") from error
