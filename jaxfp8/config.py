@@ -113,6 +113,7 @@ class LlamaConfig:
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   name: str = "llama"
+  activation_scale_ub: float | None = None  # FBGEMM's name: larger activations do not raise a token's dynamic float8 scale
 
   def __post_init__(self):
     for field in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context"):
@@ -121,6 +122,8 @@ class LlamaConfig:
         raise InputError(f"config: {field} must be a whole number; got {value!r}. Check the model's config.")
       _require_positive(field, value)
     _require_positive("rms_norm_eps", self.rms_norm_eps)
+    if self.activation_scale_ub is not None:
+      _require_positive("activation_scale_ub", self.activation_scale_ub)
     if self.num_heads % self.num_kv_heads:
       raise InputError(
         f"config: num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}. "
@@ -167,8 +170,11 @@ class LlamaConfig:
       ) from error
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain values for JSON; `from_dict` returns an equal config."""
-    return {**dataclasses.asdict(self), "eos_ids": list(self.eos_ids)}
+    """Plain values for JSON; `from_dict` returns an equal config. A bound of activations is left out if there is none."""
+    fields = {**dataclasses.asdict(self), "eos_ids": list(self.eos_ids)}
+    if self.activation_scale_ub is None:
+      del fields["activation_scale_ub"]
+    return fields
 
 
 def configs_folder() -> pathlib.Path:

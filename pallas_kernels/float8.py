@@ -32,14 +32,21 @@ def to_float8(x: jax.Array) -> jax.Array:
   return jnp.clip(x, -MAX, MAX).astype(FLOAT8)
 
 
-def quantize_tokens(x: jax.Array, scale: jax.Array | None = None, *, grouped: bool = False) -> Quantized:
+def quantize_tokens(
+  x: jax.Array, scale: jax.Array | None = None, *, grouped: bool = False, bound: float | None = None
+) -> Quantized:
   """x [..., D] in float8, with one dynamic scale per vector along the last axis, or with the float32 `scale` given.
 
   For activations a dynamic scale is one per token; for keys and values [T, K, H], one per token and head. A given scale
   broadcasts against the result's scale [...]. grouped: dynamic scales of x [T, D] are one per group of 128
   columns and token, [ceil(D / 128), T].
+
+  bound: the largest amax that a dynamic scale is made of; larger values saturate (`activation_scale_ub` of FBGEMM's
+    quantize_fp8_per_row).
   """
   x = x.astype(jnp.float32)
+  if bound is not None and scale is None:
+    x = jnp.clip(x, -bound, bound)  # a clipped value is the one that saturates: bound / scale = 448
   if grouped and scale is None:
     return _quantize_groups(x)
   if scale is None:

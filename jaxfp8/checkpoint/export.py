@@ -109,6 +109,12 @@ def _scheme(source: Checkpoint) -> dict[str, Any]:
     raise InputError(
       f"export: {source.path} holds no float8 weights, and compressed-tensors is for those. Pass a float8 checkpoint."
     )
+  if source.config.activation_scale_ub is not None and any(activations == "dynamic" for _, activations in groups):
+    raise InputError(
+      f"export: {source.path} bounds the scales of its activations (activation_scale_ub "
+      f"{source.config.activation_scale_ub:g}, from FBGEMM), and compressed-tensors has no such bound. Convert with "
+      "--activations=none to export the weights alone."
+    )
   return {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",

@@ -33,6 +33,7 @@ class Runtime:
   axes: mesh axes that partial results are summed over; None without a mesh.
   implementation, target: which kernels, and for which device (see pallas_kernels).
   activations: the format of the inputs of linear layers. stream: that of the residual stream, embedding and head.
+  activation_bound: the largest amax of a dynamic float8 scale of activations; None: no bound.
   """
 
   axes: Axes = None
@@ -40,6 +41,7 @@ class Runtime:
   target: pallas_kernels.Target | None = None
   activations: Precision = Precision.BF16
   stream: Precision = Precision.BF16
+  activation_bound: float | None = None
 
   @property
   def stream_dtype(self) -> np.dtype:
@@ -76,15 +78,24 @@ class Linear(nnx.Module):
     return self.quantizes and self.static_scale is None and weight.scale.ndim == weight.qvalue.ndim
 
   @property
+  def bound(self) -> float | None:
+    """The largest amax of a dynamic scale of its float8 inputs; None: no bound."""
+    return self.runtime.activation_bound if self.quantizes and self.static_scale is None else None
+
+  @property
   def rounding(self) -> dict[str, Any]:
-    """The keyword arguments of an operation of pallas_kernels whose result this layer reads."""
-    return {"quantize": self.quantizes, "static_scale": self.static_scale, "grouped": self.has_grouped_inputs}
+    """The keyword arguments of an operation of pallas_kernels whose result this layer reads.
+
+    Operations know no bound of scales, so they leave the rounding of bounded inputs to this layer.
+    """
+    quantize = self.quantizes and self.bound is None
+    return {"quantize": quantize, "static_scale": self.static_scale, "grouped": self.has_grouped_inputs}
 
   def partial_sums(self, x_TD: jax.Array | Quantized, out_dtype=None) -> PartialSums:
     """The product as the kernel leaves it, with F... flattened, for an operation that sums and scales it."""
     weight, x_scale, scale = self.weight.get_value(), None, None
     if self.quantizes and not isinstance(x_TD, Quantized):
-      x_TD = quantize_tokens(x_TD, self.static_scale, grouped=self.has_grouped_inputs)
+      x_TD = quantize_tokens(x_TD, self.static_scale, grouped=self.has_grouped_inputs, bound=self.bound)
     if isinstance(x_TD, Quantized):
       x_TD, x_scale = x_TD
     if isinstance(weight, QArray):

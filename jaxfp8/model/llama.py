@@ -61,7 +61,8 @@ class Llama(nnx.Module):
     self.formats = formats or (LayerFormat.uniform(self.recipe.weights),) * config.num_layers
     if len(self.formats) != config.num_layers:
       raise InputError(f"Llama: needs one format a layer; got {len(self.formats)} for {config.num_layers} layers.")
-    self.runtime = Runtime(axes, implementation, target, self.recipe.activation_dtype, self.recipe.stream)
+    formats_of_a_run = {"activations": self.recipe.activation_dtype, "stream": self.recipe.stream}
+    self.runtime = Runtime(axes, implementation, target, **formats_of_a_run, activation_bound=config.activation_scale_ub)
     vocab = (Padded.of(config, self.recipe, self.shape).vocab_size, config.d_model)
     self.embedding = nnx.Param(abstract_array(vocab, self.runtime.stream_dtype), partition=PartitionSpec(TENSOR))
     self.segments = nnx.List(

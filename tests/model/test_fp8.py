@@ -125,6 +125,18 @@ class TestTokens:
     assert_bits(scale, numpy_llama.scale_of(x, -1)[..., 0])
     assert_bits(values, numpy_llama.to_float8(x, numpy_llama.scale_of(x, -1)))
 
+  def test_a_bound_limits_the_scale_and_larger_values_saturate(self):
+    x = (
+      np.random.default_rng(3).standard_normal((40, 96)).astype(np.float32)
+      * np.geomspace(0.1, 100, 40, dtype=np.float32)[:, None]
+    )
+    values, scale = fp8.quantize_tokens(jnp.asarray(x), bound=1.5)
+    amax = np.minimum(np.abs(x).max(axis=1), np.float32(1.5))
+    assert (amax == 1.5).any() and (amax < 1.5).any()
+    assert_bits(scale, amax * np.float32(1 / 448))
+    assert_bits(values, numpy_llama.to_float8(x, (amax * np.float32(1 / 448))[:, None]))
+    assert_bits(fp8.quantize_tokens(jnp.asarray(x), jnp.float32(0.25), bound=1.5).values, numpy_llama.to_float8(x, 0.25))
+
 
 class TestRounding:
   def test_saturates(self):

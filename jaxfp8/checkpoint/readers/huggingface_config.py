@@ -8,6 +8,8 @@ from jaxfp8.checkpoint.readers.json_file import as_list, read_json, token_ids
 from jaxfp8.config import ROPE_TYPES, LlamaConfig, RopeConfig, refuse_model
 from jaxfp8.errors import InputError
 
+_FBGEMM_BOUND = 1200.0
+
 
 def read_folder_config(folder: pathlib.Path) -> LlamaConfig:
   return config_from_file(folder / "config.json", name=folder.resolve().name)
@@ -43,6 +45,7 @@ def config_from_hf(hf: Mapping[str, Any], name: str = "llama") -> LlamaConfig:
       bos_id=hf.get("bos_token_id"),
       eos_ids=tuple(dict.fromkeys(as_list(hf.get("eos_token_id")))),
       name=name,
+      activation_scale_ub=_activation_bound(hf),
     )
   except KeyError as error:
     raise InputError(f"config: config.json lacks {error}. Pass a folder with the config.json of a LlamaForCausalLM.") from error
@@ -89,3 +92,11 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> RopeConfig:
       )
     fields[ours] = scaling[theirs]
   return RopeConfig(**fields)
+
+
+def _activation_bound(hf: Mapping[str, Any]) -> float | None:
+  """FBGEMM's `activation_scale_ub`; where it is absent, the default of transformers' FbgemmFp8Config."""
+  scheme = hf.get("quantization_config")
+  if not isinstance(scheme, Mapping) or scheme.get("quant_method") != "fbgemm_fp8":
+    return None
+  return scheme.get("activation_scale_ub", _FBGEMM_BOUND)
