@@ -11,6 +11,7 @@ import pytest
 from jaxfp8 import unfinished
 from jaxfp8.checkpoint import export, weights_cache
 from jaxfp8.checkpoint.convert import convert_checkpoint
+from jaxfp8.checkpoint.journal import Journal
 from jaxfp8.checkpoint.writer import CheckpointWriter
 from jaxfp8.commands import command
 from jaxfp8.recipe import Recipe
@@ -39,7 +40,7 @@ class TestLibrary:
       case "before the journal has its lock":
         monkeypatch.setattr(fcntl, "flock", interrupt)
       case "in the journal's first line":
-        monkeypatch.setattr(CheckpointWriter, "_note", interrupt)
+        monkeypatch.setattr(Journal, "_note", interrupt)
       case "in a write":
         monkeypatch.setattr(CheckpointWriter, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -73,8 +74,8 @@ class TestLibrary:
 
     monkeypatch.setattr(fcntl, "flock", raced)
     journals = []
-    note = CheckpointWriter._note
-    monkeypatch.setattr(CheckpointWriter, "_note", lambda self, entry: journals.append(self._journal.name) or note(self, entry))
+    note = Journal._note
+    monkeypatch.setattr(Journal, "_note", lambda self, entry: journals.append(str(self.path)) or note(self, entry))
     convert_checkpoint(source, tmp_path / "out", Recipe())
     assert removed and str(removed[0]) not in journals
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
@@ -85,7 +86,7 @@ STOPPED = """
 import os, sys, time
 from absl import flags
 from jaxfp8 import unfinished
-from jaxfp8.checkpoint import writer
+from jaxfp8.checkpoint import journal, writer
 from jaxfp8.checkpoint.convert import convert_checkpoint
 from jaxfp8.commands import command
 
@@ -103,7 +104,7 @@ def stop_here(function):
 unfinished.abandon_unfinished = lambda: asked.append(True) or abandon()
 os._exit = lambda code: time.sleep(0.6) or leave(code)  # time for the other thread to create files
 if sys.argv[3] == "journal":
-  writer.CheckpointWriter._note = stop_here(writer.CheckpointWriter._note)
+  journal.Journal._note = stop_here(journal.Journal._note)
 elif sys.argv[3] == "enter":
   writer.CheckpointWriter.__enter__ = stop_here(writer.CheckpointWriter.__enter__)
 else:

@@ -1,11 +1,12 @@
 """jaxfp8.json, the manifest of a checkpoint of jaxfp8, and the folder that it describes. Imports no jax.
 
     FOLDER/                 an Orbax checkpoint: {key: array}, keys and shapes as in stored_arrays.py
-      jaxfp8.json           format version, config, recipe, formats, provenance, checksums, and the sizes of all other files
+      jaxfp8.json           format version, config, recipe, formats, provenance, digests, and the sizes of all other files
       tokenizer.json, chat_template.jinja
 
-A folder is written under a temporary name (writer.py) and renamed when all of it is on the disk. The sizes reveal a folder that
-has lost data before Orbax stumbles over it; `jaxfp8 inspect --verify` compares the checksums.
+A folder is written under a temporary name (writer.py) and renamed when all of it is on the disk. Nothing in it is trusted. The
+manifest holds its own SHA-256, the sizes of all files, and the SHA-256 of every small file: these are compared when the folder
+is opened. It holds the digests of the arrays' blocks too, which open.py compares as it reads them.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxfp8.checkpoint.block_digests import BLOCK_BYTES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -25,7 +27,18 @@ from jaxfp8.recipe import LayerFormat, Recipe
 FORMAT_VERSION = 2
 WRITING = ".writing-"  # in the name of a folder that is not finished
 MANIFEST, TOKENIZER, TEMPLATE = "jaxfp8.json", "tokenizer.json", "chat_template.jinja"
-_CHUNK_BYTES = 8 << 20  # the smallest part of an array that can be read: a process reads only its shards of a matrix
+_NEVER_HASHED = "d"  # OCDBT's folders of data: the digests of the arrays cover them
+
+
+class DamagedCheckpoint(InputError):
+  """A folder whose content is not what its manifest says. reason: a clause that names the file or the array.
+
+  checkpoint: the opened `Checkpoint`; None if the folder could not be opened.
+  """
+
+  def __init__(self, folder: pathlib.Path, reason: str, checkpoint: Any = None):
+    super().__init__(f"checkpoint: {folder} is damaged: {reason}. Convert its source again, or fetch the checkpoint again.")
+    self.reason, self.checkpoint = reason, checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +49,8 @@ class Manifest:
   exceptions: module -> "channel" or "block128" of matrices stored as float8 whatever `formats` says (see stored_arrays.py).
   static_scales: names of the stored scales of inputs, keys and values.
   files: bytes of every other file of the folder, by its path in it.
-  checksums: sha256 of every array by its key, and of every text file by its name.
+  checksums: sha256 of every array by its key, and of every small file by its path in the folder.
+  blocks: the digests of every array's blocks by its key, as JSON (block_digests.py); empty for an earlier version's folder.
   text: the file as it was read; empty for a manifest that was not read from a file.
   """
 
@@ -49,6 +63,7 @@ class Manifest:
   static_scales: tuple[str, ...] = ()
   files: Mapping[str, int] = dataclasses.field(default_factory=dict)
   checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  blocks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(default="", repr=False)
 
   def to_json(self) -> str:
@@ -67,6 +82,7 @@ class Manifest:
       "provenance": dict(self.provenance),
       "files": dict(self.files),
       "checksums": dict(self.checksums),
+      "blocks": dict(self.blocks),
     }
     return json.dumps(data | {"sha256": digest_of(data)}, indent=1)
 
@@ -82,65 +98,85 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-  """Reads jaxfp8.json and the tokenizer, each once.
+  """Reads jaxfp8.json and the tokenizer, each once, and compares their SHA-256.
 
-  Raises InputError for a folder that is no checkpoint of jaxfp8, or one of a newer version.
+  Raises DamagedCheckpoint, or InputError for a folder that a newer version wrote.
   """
   folder = pathlib.Path(folder)
   try:
     text = (folder / MANIFEST).read_text(encoding="utf-8")
     data = json.loads(text)
     version = data["format_version"]
+    if ("sha256" in data or version >= 2) and data.get("sha256") != digest_of(data):
+      raise DamagedCheckpoint(folder, f"the SHA-256 of {MANIFEST} is not the one stored in it")
     if version > FORMAT_VERSION:
       raise InputError(
         f"checkpoint: {folder} has format version {version}; this jaxfp8 reads up to {FORMAT_VERSION}. Install a newer jaxfp8."
       )
+    checksums = dict(data.get("checksums", {}))
     return Manifest(
       LlamaConfig.from_dict(data["config"]),
       Recipe(**data["recipe"]),
       tuple(LayerFormat(**layer) for layer in data["formats"]),
-      data["tokenizer"] and _read_tokenizer(folder, data["tokenizer"]),
+      data["tokenizer"] and _read_tokenizer(folder, data["tokenizer"], checksums),
       data["provenance"],
       dict(data.get("exceptions", {})),
       tuple(data.get("static_scales", ())),
       dict(data.get("files", {})),
-      dict(data.get("checksums", {})),
+      checksums,
+      dict(data.get("blocks", {})),
       text,
     )
   except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     if isinstance(error, InputError):
       raise
-    raise InputError(
-      f"checkpoint: {folder} is no whole checkpoint of jaxfp8 ({type(error).__name__}: {error}). Convert it again."
-    ) from error
+    reason = f"it is no whole checkpoint of jaxfp8 ({type(error).__name__}: {first_line(error)})"
+    raise DamagedCheckpoint(folder, reason) from error
 
 
-def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any]) -> TokenizerFiles:
-  template = folder / TEMPLATE
+def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> TokenizerFiles:
+  def read(name: str) -> str:
+    content = (folder / name).read_bytes()
+    _require_digest(folder, name, content, checksums)
+    return content.decode("utf-8")
+
   return TokenizerFiles(
-    tokenizer_json=(folder / TOKENIZER).read_text(encoding="utf-8"),
-    chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
+    tokenizer_json=read(TOKENIZER),
+    chat_template=read(TEMPLATE) if (folder / TEMPLATE).exists() else None,
     special_tokens=settings["special_tokens"],
     add_bos=settings["add_bos"],
     special_in_chats=settings.get("special_in_chats", False),
   )
 
 
+def _require_digest(folder: pathlib.Path, name: str, content: bytes, checksums: Mapping[str, str]) -> None:
+  if name in checksums and hashlib.sha256(content).hexdigest() != checksums[name]:
+    raise DamagedCheckpoint(folder, f"{name} is not what was written, since its SHA-256 differs")
+
+
 def check_files(folder: pathlib.Path, manifest: Manifest) -> None:
-  """Raises InputError if a file of the manifest is missing or has another size. Reads no content."""
+  """Raises DamagedCheckpoint if a file is missing, has another size, or is small and has another SHA-256."""
   for name, expected in manifest.files.items():
     try:
       size = (folder / name).stat().st_size
+      if size != expected:
+        raise DamagedCheckpoint(folder, f"{name} must have {expected:,} bytes and has {size:,}")
+      if name in manifest.checksums and name not in (TOKENIZER, TEMPLATE):  # which `read_manifest` has compared
+        _require_digest(folder, name, (folder / name).read_bytes(), manifest.checksums)
     except OSError as error:
-      raise damaged(folder, f"{name}: {os.strerror(error.errno or 0)}") from error
-    if size != expected:
-      raise damaged(folder, f"{name} must have {expected:,} bytes and has {size:,}")
+      raise DamagedCheckpoint(folder, f"{name}: {os.strerror(error.errno or 0)}") from error
 
 
-def damaged(folder: pathlib.Path, reason: object) -> InputError:
-  """The error for a folder whose content is not what its manifest says."""
-  sentence = str(reason).split("\n", 1)[0][:300]
-  return InputError(f"checkpoint: {folder} is damaged ({sentence}). Remove the folder and convert again.")
+def file_digests(folder: pathlib.Path) -> dict[str, str]:
+  """sha256 of the small files of a folder by their paths in it: of all but the manifest and the arrays' data."""
+  names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+  small = [name for name in names if name.parent.name != _NEVER_HASHED and str(name) != MANIFEST]
+  return {str(name): hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in small}
+
+
+def first_line(error: Exception) -> str:
+  """The message of a library without the pages that follow."""
+  return str(error).split("\n", 1)[0][:300]
 
 
 def orbax() -> Any:
@@ -153,6 +189,6 @@ def orbax_context(ocp: Any) -> Any:
   context = ocp.Context()
   context.array.saving.use_compression = False  # compression cuts the writing rate to a third
   context.memory.deepcopy_host_arrays = False  # saving blocks, so the arrays cannot change meanwhile
-  context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+  context.array.saving.storage_options.chunk_byte_size = BLOCK_BYTES
   context.pytree.loading.partial_load = True
   return context

@@ -1,8 +1,8 @@
 """A checkpoint of any kind, opened once: the object that is handed from the door to the arrays. Imports no jax.
 
     open_checkpoint(path)   ->  Checkpoint (a folder of jaxfp8), or another `Source` (Hugging Face, GGUF)
-    Checkpoint(path)        reads jaxfp8.json and the tokenizer, and compares the sizes of all files; the arrays are checked and
-                            read when they are asked for, which is when Orbax is imported
+    Checkpoint(path)        reads jaxfp8.json and the tokenizer, and compares sizes of files and digests of small ones; arrays
+                            are read and compared when they are asked for, which is when tensorstore is imported
 
 A `Checkpoint` is a `Source` too, so that it can be converted into another layout or exported. Refuses to know models.
 """
@@ -11,13 +11,21 @@ import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxfp8.checkpoint import readers
-from jaxfp8.checkpoint.manifest import Manifest, check_files, damaged, is_checkpoint, orbax, orbax_context, read_manifest
+from jaxfp8.checkpoint.block_digests import BlockDigests, Bounds, sha256_of
+from jaxfp8.checkpoint.manifest import (
+  DamagedCheckpoint,
+  Manifest,
+  check_files,
+  first_line,
+  is_checkpoint,
+  read_manifest,
+)
 from jaxfp8.checkpoint.readers import Source, expected_tensors
 from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.checkpoint.readers.source import check_finite
@@ -43,7 +51,8 @@ class Checkpoint(Source):
 
   expected: key -> shape and dtype of every array.
 
-  The constructor raises InputError for a folder that is no checkpoint or has lost data; reading raises it for damaged arrays.
+  The constructor raises DamagedCheckpoint for a folder that is no checkpoint or has lost data, and InputError for a newer
+  version's; reading raises DamagedCheckpoint for damaged arrays.
   """
 
   dialect = "jaxfp8"
@@ -57,6 +66,10 @@ class Checkpoint(Source):
     groups = checkpoint_arrays(m.config, m.recipe, m.formats, m.exceptions, m.static_scales)
     self.expected: dict[str, ArraySpec] = {key: spec for group in groups for key, spec in group.items()}
     self._keys = {key.partition("[")[0]: key for key in self.expected}
+    self._verified: set[str] = set()  # arrays of a checkpoint without digests of blocks
+
+  def _damaged(self, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(self.path, reason, self)
 
   # --- as the store of a model's arrays ---
 
@@ -80,41 +93,77 @@ class Checkpoint(Source):
     return read_finite
 
   def read_ranges(self, ranges: Iterable[Range]) -> dict[Range, np.ndarray]:
-    """Reads all ranges in parallel, and of each array only the chunks that its range touches."""
-    store = self._store
-    try:
-      opened = {part: store.open(part.key) for part in ranges}
-      pending = {part: part.cut(array.result()).read() for part, array in opened.items()}
-      return {part: array.result() for part, array in pending.items()}
-    except Exception as error:  # tensorstore raises ValueError for every kind of damage
-      raise damaged(self.path, error) from error
+    """Reads all ranges in parallel, and of each array only the blocks that its range touches. Compares their digests."""
+    ranges, has_blocks, bounds = list(ranges), bool(self.manifest.blocks), {}
+    _ = self._arrays  # which names an array that is absent
+    if not has_blocks:
+      self._verify_whole({part.key for part in ranges})
+    for part in ranges:
+      whole = [(0, size) for size in self.expected[part.key].shape]
+      whole[part.axis] = (part.start, part.stop)
+      bounds[part] = self._blocks(part.key).cover(part.axis, part.start, part.stop) if has_blocks else tuple(whole)
+    result = {}
+    for part, array in self._read_bounds({part: (part.key, bounds[part]) for part in ranges}):
+      if has_blocks:
+        self._compare(part.key, array, bounds[part])
+      first = bounds[part][part.axis][0]
+      result[part] = part._replace(start=part.start - first, stop=part.stop - first).cut(array)
+    return result
 
-  def read_array(self, key: str) -> np.ndarray:
-    store = self._store
+  def read_array(self, key: str, *, verify: bool = True) -> np.ndarray:
+    """One whole array. verify: compare its digests."""
+    whole = tuple((0, size) for size in self.expected[key].shape)
+    ((_, array),) = self._read_bounds({key: (key, whole)})
+    if verify and self.manifest.blocks:
+      self._compare(key, array, whole)
+    elif verify and self.manifest.checksums.get(key, expected := sha256_of(array)) != expected:
+      raise self._damaged(f"{key} is not what was written, since its SHA-256 differs")
+    return array
+
+  def _verify_whole(self, keys: Iterable[str]) -> None:
+    """Reads these arrays once, for a checkpoint of an earlier version, which has digests of whole arrays alone."""
+    for key in sorted(set(keys) - self._verified):
+      self.read_array(key)
+      self._verified.add(key)
+
+  def _read_bounds(self, wanted: Mapping[Any, tuple[str, Bounds]]) -> Iterator[tuple[Any, np.ndarray]]:
+    """(name, array) of each part of an array that is wanted under a name, all read in parallel."""
+    arrays = self._arrays
     try:
-      return np.asarray(store.open(key).result().read().result())
-    except Exception as error:
-      raise damaged(self.path, error) from error
+      pending = {name: arrays[key][_slices(bounds)].read() for name, (key, bounds) in wanted.items()}
+    except Exception as error:  # tensorstore raises ValueError for every kind of damage
+      raise self._damaged(first_line(error)) from error
+    for name, array in pending.items():
+      try:
+        yield name, np.asarray(array.result())
+      except Exception as error:
+        raise self._damaged(first_line(error)) from error
+
+  def _blocks(self, key: str) -> BlockDigests:
+    try:
+      return BlockDigests.from_json(self.expected[key].shape, self.manifest.blocks[key])
+    except (KeyError, TypeError, ValueError) as error:
+      raise self._damaged(f"the manifest has no digests of {key} that fit ({error})") from error
+
+  def _compare(self, key: str, array: np.ndarray, bounds: Bounds) -> None:
+    if wrong := self._blocks(key).first_wrong(array, bounds):
+      place = ", ".join(f"{start}:{stop}" for start, stop in wrong)
+      raise self._damaged(f"{key}[{place}] is not what was written, since its digest differs")
 
   @functools.cached_property
-  def _store(self) -> "_Store":
-    """The arrays. Raises InputError unless their shapes and dtypes are those of the manifest."""
-    self._check_arrays()
-    return _Store(self.path)
-
-  def _check_arrays(self) -> None:
-    ocp = orbax()
-    try:
-      with orbax_context(ocp):
-        stored = ocp.metadata(self.path).metadata
-    except Exception as error:  # Orbax raises many kinds for a damaged folder
-      raise damaged(self.path, error) from error
-    if not stored:
-      raise damaged(self.path, "Orbax finds no arrays")
+  def _arrays(self) -> dict[str, Any]:
+    """The opened arrays. Raises DamagedCheckpoint unless their shapes and dtypes are those of the manifest."""
+    opening, arrays = _open_arrays(self.path, self.expected), {}
     for key, (shape, dtype) in self.expected.items():
-      actual = (tuple(stored[key].shape), np.dtype(stored[key].dtype)) if key in stored else "nothing"
+      try:
+        arrays[key] = opening[key].result()
+      except Exception as error:
+        what = f"{key} is absent" if "NOT_FOUND" in str(error) else f"{key}: {first_line(error)}"
+        raise self._damaged(what) from error
+      actual = tuple(arrays[key].shape), arrays[key].dtype.numpy_dtype
       if actual != (shape, dtype):
-        raise damaged(self.path, f"{key} must be {dtype} {shape}; the folder has {actual}")
+        raise self._damaged(f"{key} must be {dtype} {shape}; the folder has {actual[1]} {actual[0]}")
+    return arrays
 
   # --- as a source ---
 
@@ -160,16 +209,16 @@ class Checkpoint(Source):
     return sorted(path for path in self.path.rglob("*") if path.is_file())
 
 
-class _Store:
-  """The arrays of a folder: a Zarr 3 array for each key in an OCDBT store, the name of whose folder is up to Orbax."""
+def _slices(bounds: Bounds) -> tuple[slice, ...]:
+  return tuple(slice(start, stop) for start, stop in bounds)
 
-  def __init__(self, folder: pathlib.Path):
-    self._tensorstore = importlib.import_module("tensorstore")
-    self._base = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
-    self._context = self._tensorstore.Context()  # shared by all arrays, so that the index is read once
 
-  def open(self, key: str) -> Any:
-    """A future of the array."""
-    base = {"driver": "file", "path": f"{self._base.resolve()}/"}  # a URL would give #, % and ? a meaning
-    store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
-    return self._tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True, context=self._context)
+def _open_arrays(folder: pathlib.Path, keys: Iterable[str]) -> dict[str, Any]:
+  """Futures of the arrays: a Zarr 3 array for each key in an OCDBT store, the name of whose folder is up to Orbax."""
+  tensorstore = importlib.import_module("tensorstore")
+  base = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
+  context = tensorstore.Context()  # shared by all arrays, so that the index is read once
+  files = {"driver": "file", "path": f"{base.resolve()}/"}  # a URL would give #, % and ? a meaning
+  store = {"driver": "ocdbt", "base": files}
+  specs = {key: {"driver": "zarr3", "kvstore": {**store, "path": f"{key}/"}} for key in keys}
+  return {key: tensorstore.open(spec, open=True, context=context) for key, spec in specs.items()}

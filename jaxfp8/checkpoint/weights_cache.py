@@ -1,10 +1,11 @@
 """Keeps converted weights between runs: a source and a recipe give a checkpoint of jaxfp8 in the cache folder.
 
     CACHE/checkpoints/NAME-fp8-channel-HASH/   the checkpoint; HASH is of the source's content, the recipe and the format
-    CACHE/sources.json                         path, size, time of the source's files -> hash of their content
+    CACHE/sources.json                         path, size, inode, times of the source's files -> hash of their content
 
-The second start reads only the sizes and times of the source's files: it neither reads the source nor quantizes. A damaged
-checkpoint is converted again. The next conversion removes the leftovers of a process that was killed.
+The second start reads only these facts of the source's files: it neither reads the source nor quantizes. Other facts only mean
+that the source is read again; the same content finds the same checkpoint. A damaged checkpoint is converted again, with one
+sentence. The next conversion removes the leftovers of a process that was killed.
 """
 
 import contextlib
@@ -15,21 +16,22 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 
+from jaxfp8 import stored_files
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.convert import ReportProgress
-from jaxfp8.checkpoint.manifest import FORMAT_VERSION, WRITING
+from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, DamagedCheckpoint
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Precision, Recipe
-from jaxfp8.unfinished import write_atomically
 
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time
@@ -43,25 +45,33 @@ def cached_checkpoint(
   progress: ReportProgress | None = None,
   check: Callable[[Source], None] = lambda source: None,
   keep_granularity: bool = False,
-) -> Checkpoint:
-  """Opens `source_path` converted to `recipe`'s weights; converts it first if it is not in the cache yet.
+) -> Checkpoint | None:
+  """Opens `source_path` converted to `recipe`'s weights; converts it first if it is not in the cache yet, or damaged there.
+
+  Returns None, after a sentence on stderr, if it must be converted and the cache folder cannot be written.
 
   Args:
     check: called with the opened source before a conversion; may raise before minutes are spent for nothing.
     keep_granularity: keep a float8 source's own scales, whatever the recipe's granularity.
 
-  Raises InputError for a source that cannot be read or a cache folder that cannot be written; nothing half-written stays.
+  Raises InputError for a source that cannot be read or a disk that is full; nothing half-written stays.
   """
   cache, source_path = pathlib.Path(cache_dir).expanduser().absolute(), absolute(source_path)
   digest = _content_digest(readers.source_files(source_path), cache)
   folder = cache / "checkpoints" / folder_name(source_path, digest, recipe)
-  if checkpoint := _open_whole(folder):
-    return checkpoint
+  with contextlib.suppress(DamagedCheckpoint):
+    if folder.exists():
+      return Checkpoint(folder)
   source = readers.open_source(source_path)
   check(source)
-  with _one_at_a_time(cache / "locks" / folder.name):
-    if checkpoint := _open_whole(folder):
-      return checkpoint
+  with _one_at_a_time(folder) as can_write:
+    try:
+      if folder.exists():  # another process was first
+        return Checkpoint(folder)
+    except DamagedCheckpoint as error:
+      can_write = _remove(folder, error.reason) and can_write
+    if not can_write:
+      return None
     _remove_stale(folder)
     for note in source.notes:
       print(f"readers: {source.path}: {note}.", file=sys.stderr)
@@ -85,15 +95,52 @@ def folder_name(source_path: pathlib.Path, digest: str, recipe: Recipe) -> str:
   return f"{name}-{kind}-{key[:16]}"
 
 
+def discard(checkpoint: Checkpoint, reason: str) -> bool:
+  """Removes a checkpoint of the cache whose arrays are damaged, and says so; whether `cached_checkpoint` can replace it.
+
+  Leaves the folder alone if another process has replaced it meanwhile: that one has another manifest.
+  """
+  with _one_at_a_time(checkpoint.path) as can_write:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+      if (checkpoint.path / MANIFEST).read_text(encoding="utf-8") != checkpoint.manifest.text:
+        return True
+    return _remove(checkpoint.path, reason) and can_write
+
+
+def _remove(folder: pathlib.Path, reason: str) -> bool:
+  """Takes a damaged checkpoint away under a name that `_remove_stale` knows, so that nobody opens half of it."""
+  stored_files.say(f"{folder} is damaged: {reason}; the source is converted again")
+  away = folder.with_name(f"{folder.name}{WRITING}{secrets.token_hex(4)}")
+  try:
+    os.rename(folder, away)
+  except FileNotFoundError:
+    return True
+  except OSError as error:
+    stored_files.warn_unwritable(folder.parent, error)
+    return False
+  shutil.rmtree(away, ignore_errors=True)
+  return True
+
+
 @contextlib.contextmanager
-def _one_at_a_time(lock: pathlib.Path) -> Iterator[None]:
-  """Lets one process at a time convert the same weights; the others wait. The file stays, and holds no lock then."""
+def _one_at_a_time(folder: pathlib.Path) -> Iterator[bool]:
+  """Lets one process at a time write a folder of the cache; the others wait. Gives whether the cache can be written.
+
+  The lock's file stays, and holds no lock then.
+  """
+  lock = folder.parents[1] / "locks" / folder.name
   with contextlib.ExitStack() as stack:
-    with contextlib.suppress(OSError):  # the writer of the weights reports a folder that cannot be written
+    can_write = True
+    try:
+      folder.parent.mkdir(parents=True, exist_ok=True)
       lock.parent.mkdir(parents=True, exist_ok=True)
       file = stack.enter_context(open(lock, "w"))
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+      with contextlib.suppress(OSError):  # a disk that does not lock files
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+      stored_files.warn_unwritable(folder.parents[1], error)
+      can_write = False
+    yield can_write
 
 
 def fingerprint(source: Source) -> str:
@@ -113,7 +160,7 @@ def fingerprint(source: Source) -> str:
 def _spot_checks(path: pathlib.Path) -> tuple[int, str]:
   """(size in bytes, sha256 of 64 pieces of the file)."""
   total = hashlib.sha256()
-  size, _ = _size_and_time(path)
+  size = _stat(path).st_size
   with open(path, "rb") as file:
     for spot in range(_SPOTS):
       file.seek(max(0, size - _SPOT_BYTES) * spot // (_SPOTS - 1))
@@ -123,18 +170,6 @@ def _spot_checks(path: pathlib.Path) -> tuple[int, str]:
 
 def _digest(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _open_whole(folder: pathlib.Path) -> Checkpoint | None:
-  """The checkpoint, if it is there. Removes a damaged one, and says so on stderr."""
-  if not folder.exists():
-    return None
-  try:
-    return Checkpoint(folder)
-  except InputError:
-    print(f"cache: {folder} is damaged; the source is converted again.", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
 
 
 def _remove_stale(folder: pathlib.Path) -> None:
@@ -148,23 +183,28 @@ def _remove_stale(folder: pathlib.Path) -> None:
 
 
 def _content_digest(files: list[pathlib.Path], cache: pathlib.Path) -> str:
-  """SHA-256 of names and contents, remembered under the files' paths, sizes and times."""
-  stats = [(str(path.resolve()), *_size_and_time(path)) for path in files]
+  """SHA-256 of names and contents, remembered under the files' paths, sizes, inodes and times.
+
+  The time of the last change (ctime) is one of them: a program that edits a file in place can set back the other time alone.
+  """
+  stats = []
+  for path in files:
+    stat = _stat(path)
+    stats.append((str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
   key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
   index = cache / "sources.json"
   digests = _read_index(index)
   if key not in digests:
     digests[key] = _hash_files(files)
-    _write_index(index, digests)
+    stored_files.write(index, json.dumps(digests, indent=1).encode())
   return digests[key]
 
 
-def _size_and_time(path: pathlib.Path) -> tuple[int, int]:
+def _stat(path: pathlib.Path) -> os.stat_result:
   try:
-    stat = path.stat()
+    return path.stat()
   except OSError as error:
     raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno or 0)}. Fetch the checkpoint again.") from error
-  return stat.st_size, stat.st_mtime_ns
 
 
 def _hash_files(files: list[pathlib.Path]) -> str:
@@ -180,19 +220,8 @@ def _hash_files(files: list[pathlib.Path]) -> str:
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
   """The content of sources.json; empty if the file is absent or damaged, since it only saves time."""
-  with contextlib.suppress(OSError, ValueError):
-    digests = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(digests, dict):
+  content = stored_files.read(path, "the source is read again")
+  with contextlib.suppress(ValueError):
+    if content is not None and isinstance(digests := json.loads(content), dict):
       return digests
   return {}
-
-
-def _write_index(path: pathlib.Path, digests: dict[str, str]) -> None:
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(digests, indent=1).encode())
-  except OSError as error:
-    reason = os.strerror(error.errno or 0)
-    raise InputError(
-      f'cache: cannot write {path.parent}: {reason}. Pass another --cache_dir, or --cache_dir="" for none.'
-    ) from error

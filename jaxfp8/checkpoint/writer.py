@@ -1,17 +1,16 @@
 """Writes the folder of a checkpoint: whole or not at all. On request it continues the work of a process that was killed.
 
     FOLDER.writing-1a2b3c4d.partial_save/   Orbax's groups; each is a folder that is renamed when it is complete
-    FOLDER.writing-1a2b3c4d.journal         an identity of the work, then one line per group: its folder, its arrays' checksums
+    FOLDER.writing-1a2b3c4d.journal         the groups that are on the disk, with the digests of their arrays (journal.py)
+    FOLDER.writing-1a2b3c4d.merged...       Orbax merges the groups here, out of hard links to their data
+    FOLDER.writing-1a2b3c4d/                what is merged; the texts and the manifest are added
     FOLDER                                  appears by a rename when everything is on the disk
 
-A writer holds a lock on its journal as long as it lives, so a journal without a lock belongs to a dead writer.
+At every moment one of these holds all that the journal lists, so a kill at any moment loses at most the last group.
 """
 
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import json
 import os
 import pathlib
 import re
@@ -19,16 +18,29 @@ import secrets
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from jaxfp8 import unfinished
-from jaxfp8.checkpoint.manifest import MANIFEST, TEMPLATE, TOKENIZER, WRITING, Manifest, orbax, orbax_context
+from jaxfp8.checkpoint.block_digests import blocks_of, sha256_of
+from jaxfp8.checkpoint.folders import glob_escape, link_tree, remove
+from jaxfp8.checkpoint.journal import SUFFIX, Journal
+from jaxfp8.checkpoint.manifest import (
+  MANIFEST,
+  TEMPLATE,
+  TOKENIZER,
+  WRITING,
+  Manifest,
+  file_digests,
+  orbax,
+  orbax_context,
+)
 from jaxfp8.errors import InputError
 
+_PARTIAL = ".partial_save"  # Orbax's own ending
+_MERGED = ".merged"
 _PATIENCE = 10.0  # seconds that `abandon` waits for the current write
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|Input/output error|Read-only file system")
 
@@ -62,22 +74,24 @@ class CheckpointWriter:
     self._name_temporary(_temporary_name(self.folder))
     self._late, self._check = late, check
     self.done: dict[str, str] = {}  # sha256 of every array that is on the disk
+    self._blocks: dict[str, Any] = {}  # and the digests of its blocks
+    self._is_whole = False  # the folder has its name already, by a process that was killed right after
     self._busy = threading.Lock()  # held while files are written
-    self._journal: TextIO | None = None
+    self._journal: Journal | None = None
 
   def _name_temporary(self, name: str) -> None:
     self._temporary = self.folder.with_name(name)
-    self._partial = self.folder.with_name(name + ".partial_save")
+    self._partial = self.folder.with_name(name + _PARTIAL)
 
   def __enter__(self) -> "CheckpointWriter":
-    if self.folder.exists():
+    if self.folder.exists() and not (self.resume and self._find_whole()):
       raise self._exists()
     try:
       unfinished.register(self, self.abandon)  # before the first file: nobody calls `__exit__` if this method is interrupted
       with self._busy:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self.work is not None:
-          self._take_over()
+        if self.work is not None and not self._is_whole:
+          self._take_over(self.work)
       return self
     except BaseException as error:
       self._leave(keep=self.resume)
@@ -88,7 +102,8 @@ class CheckpointWriter:
   def write(self, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays, under keys that have not been written yet."""
     ocp = orbax()
-    sums = {key: checksum(array) for key, array in arrays.items()}
+    sums = {key: sha256_of(array) for key, array in arrays.items()}
+    blocks = {key: blocks_of(array).to_json() for key, array in arrays.items()}
     hook = sys.unraisablehook
     sys.unraisablehook = functools.partial(_without_stragglers, hook)
     try:
@@ -100,8 +115,9 @@ class CheckpointWriter:
           (group,) = set(self._groups()) - before
           sync_tree(self._partial / group)
           _sync(self._partial)
-          self._note({"group": group, "sums": sums})
+          self._journal.note_group(group, sums, blocks)
         self.done |= sums
+        self._blocks |= blocks
       sys.unraisablehook = hook  # not after a failure: writes of other arrays may go on for a while
     except Exception as error:  # Orbax reports a full disk, as tensorstore does, by a ValueError
       raise self._disk_error(error) from error
@@ -133,30 +149,45 @@ class CheckpointWriter:
     unfinished.discard(self)
 
   def _finish(self) -> None:
+    if self._is_whole:
+      return
     if not self._temporary.exists():
-      ocp = orbax()
-      with orbax_context(ocp):
-        ocp.partial.finalize(self._temporary)
-    texts = {}
+      self._merge()
     if self.manifest.tokenizer:
-      texts[TOKENIZER] = self.manifest.tokenizer.tokenizer_json
-      if self.manifest.tokenizer.chat_template is not None:
-        texts[TEMPLATE] = self.manifest.tokenizer.chat_template
-    for name, text in texts.items():
-      (self._temporary / name).write_text(text, encoding="utf-8")
+      texts = {TOKENIZER: self.manifest.tokenizer.tokenizer_json, TEMPLATE: self.manifest.tokenizer.chat_template}
+      for name, text in texts.items():
+        if text is not None:
+          (self._temporary / name).write_bytes(text.encode())
     (self._temporary / MANIFEST).unlink(missing_ok=True)
     paths = sorted(path for path in self._temporary.rglob("*") if path.is_file())
     files = {str(path.relative_to(self._temporary)): path.stat().st_size for path in paths}
-    sums = self.done | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    sums = self.done | file_digests(self._temporary)
     provenance = {**self.manifest.provenance, **(self._late() if self._late else {})}
-    manifest = dataclasses.replace(self.manifest, provenance=provenance, files=files, checksums=sums)
+    manifest = dataclasses.replace(self.manifest, provenance=provenance, files=files, checksums=sums, blocks=self._blocks)
     self._write_manifest(manifest)
     if self._check:
       provenance = {**provenance, **self._check(self._temporary)}
       self._write_manifest(dataclasses.replace(manifest, provenance=provenance))
     sync_tree(self._temporary)
+    if self._journal:
+      self._journal.note_whole()
     os.rename(self._temporary, self.folder)
     _sync(self.folder.parent)
+
+  def _merge(self) -> None:
+    """Lets Orbax merge the groups into the folder.
+
+    Orbax moves the groups' files one by one, so that a kill meanwhile would lose all groups. It gets a copy to merge, whose
+    data are hard links. On a disk without hard links Orbax merges the groups themselves.
+    """
+    merged = self.folder.with_name(self._temporary.name + _MERGED)
+    copied = self._journal is not None and link_tree(self._partial, self.folder.with_name(merged.name + _PARTIAL))
+    ocp = orbax()
+    with orbax_context(ocp):
+      ocp.partial.finalize(merged if copied else self._temporary)
+    if copied:
+      sync_tree(merged)
+      os.rename(merged, self._temporary)
 
   def _write_manifest(self, manifest: Manifest) -> None:
     (self._temporary / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -169,61 +200,64 @@ class CheckpointWriter:
       return []
     return sorted(path.name for path in self._partial.iterdir() if ".pending_" in path.name and "-tmp" not in path.name)
 
-  def _take_over(self) -> None:
+  def _leftovers(self) -> list[Journal]:
+    """The journals of dead writers of this folder, locked."""
+    paths = sorted(self.folder.parent.glob(f"{glob_escape(self.folder.name)}{WRITING}*{SUFFIX}"))
+    return [journal for path in paths if (journal := Journal.take(path))]
+
+  def _find_whole(self) -> bool:
+    """Whether the folder is the result of this very work, by a process that was killed before it removed its journal."""
+    for journal in self._leftovers():
+      name = journal.path.name.removesuffix(SUFFIX)
+      if self.work and journal.work == self.work and journal.whole and not self.folder.with_name(name).exists():
+        self._is_whole, self._journal = True, journal
+        self._name_temporary(name)
+        self._read(journal)
+        return True
+      journal.close()
+    return False
+
+  def _take_over(self, work: str) -> None:
     """Removes the leftovers of dead writers of this folder, or adopts one; then holds the lock on a journal."""
-    for path in sorted(self.folder.parent.glob(f"{_glob_escape(self.folder.name)}{WRITING}*.journal")):
-      journal = open(path, "r+", encoding="utf-8")  # noqa: SIM115 - held while the writer lives
-      try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:  # its writer lives
-        journal.close()
-        continue
-      name = path.name.removesuffix(".journal")
-      if self.resume and self._journal is None and self._adopt(name, journal):
-        self._journal = journal
-        continue
-      _remove(self.folder.parent, name)
+    for journal in self._leftovers():
+      name = journal.path.name.removesuffix(SUFFIX)
+      if self.resume and self._journal is None:
+        if (reason := self._adopt(name, journal, work)) is None:
+          self._journal = journal
+          continue
+        print(f"convert: the unfinished {name} {reason}; it is removed, and the conversion begins again.", file=sys.stderr)
+      remove(self.folder.parent, name)
       journal.close()
     while self._journal is None:
-      path = self.folder.with_name(self._temporary.name + ".journal")
-      journal = open(path, "x", encoding="utf-8")  # noqa: SIM115
-      fcntl.flock(journal, fcntl.LOCK_EX)
-      if os.fstat(journal.fileno()).st_nlink:
-        self._journal = journal
-        self._note({"work": self.work})
-      else:  # before it was locked, another writer took it for a dead one's and removed it
-        journal.close()
+      self._journal = Journal.create(self.folder.with_name(self._temporary.name + SUFFIX), work)
+      if self._journal is None:
         self._name_temporary(_temporary_name(self.folder))
 
-  def _adopt(self, name: str, journal: TextIO) -> bool:
-    """Whether a leftover is of this work and whole by its journal. Removes files from it that the journal does not list."""
-    lines = []
-    for line in journal.read().splitlines():
-      try:
-        lines.append(json.loads(line))
-      except ValueError:  # the last line, which a kill cut short
-        break
-    if not lines or lines[0] != {"work": self.work}:
-      return False
-    own_name, groups = self._temporary.name, {line["group"] for line in lines[1:]}
+  def _adopt(self, name: str, journal: Journal, work: str) -> str | None:
+    """Continues a leftover, without files that its journal does not list. Returns None, or why it cannot be continued."""
+    if journal.work is None:
+      return "has no readable journal"
+    if journal.work != work:
+      return "is of another source, other options or another version"
+    own_name = self._temporary.name
     self._name_temporary(name)
-    if not self._temporary.exists() and not groups <= set(self._groups()):
+    if not self._temporary.exists() and not set(journal.groups) <= set(self._groups()):
       self._name_temporary(own_name)
-      return False
+      return "has lost groups that its journal lists"
     if not self._temporary.exists():
       for path in list(self._partial.iterdir()) if self._partial.exists() else []:
-        if path.name not in groups:
+        if path.name not in journal.groups:
           shutil.rmtree(path, ignore_errors=True)
-    for path in self.folder.parent.glob(f"{_glob_escape(name)}*-tmp*"):
-      shutil.rmtree(path, ignore_errors=True)
-    self.done = {key: value for line in lines[1:] for key, value in line["sums"].items()}
-    return True
+    for pattern in (f"{glob_escape(name)}*-tmp*", f"{glob_escape(name)}{_MERGED}*"):
+      for path in self.folder.parent.glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)
+    self._read(journal)
+    return None
 
-  def _note(self, entry: dict[str, Any]) -> None:
-    assert self._journal is not None
-    self._journal.write(json.dumps(entry) + "\n")
-    self._journal.flush()
-    os.fsync(self._journal.fileno())
+  def _read(self, journal: Journal) -> None:
+    for line in journal.groups.values():
+      self.done |= line["sums"]
+      self._blocks |= line["blocks"]
 
   def _exists(self) -> InputError:
     return InputError(f"checkpoint: {self.folder} exists already. Pass another folder, or remove it first.")
@@ -242,7 +276,7 @@ class CheckpointWriter:
     return InputError(f"checkpoint: cannot write {self.folder}: {reason}. {left}; pass another folder or free space.")
 
   def _clean(self) -> None:
-    _remove(self.folder.parent, self._temporary.name)
+    remove(self.folder.parent, self._temporary.name)
 
 
 def _without_stragglers(hook: Callable[[Any], object], unraisable: Any) -> None:
@@ -254,31 +288,8 @@ def _without_stragglers(hook: Callable[[Any], object], unraisable: Any) -> None:
     hook(unraisable)
 
 
-def _remove(parent: pathlib.Path, name: str) -> None:
-  """Removes every file whose name begins with `name`. Repeats, since an interrupted Orbax may create its folders again."""
-  for _ in range(20):
-    left = [path for path in parent.iterdir() if path.name.startswith(name)] if parent.is_dir() else []
-    if not left:
-      return
-    for path in left:
-      if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-      else:
-        path.unlink(missing_ok=True)
-    time.sleep(0.05)
-
-
 def _temporary_name(folder: pathlib.Path) -> str:
   return f"{folder.name}{WRITING}{secrets.token_hex(4)}"
-
-
-def checksum(array: np.ndarray) -> str:
-  """sha256 of an array's bytes in row-major order."""
-  return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _glob_escape(name: str) -> str:
-  return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def sync_tree(folder: pathlib.Path) -> None:

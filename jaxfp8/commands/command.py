@@ -295,7 +295,10 @@ def keep_compiled_programs(cache_dir: str) -> None:
     return
   import jax
 
+  from jaxfp8.serving import program_cache
+
   use_measured_tiles(cache_dir)
+  program_cache.verify_jax_cache()
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache_dir).expanduser() / "programs"))
   jax.config.update("jax_enable_compilation_cache", os.environ.get("JAX_PLATFORMS") != "cpu")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,10 +1,14 @@
 """The child process that converts weights into the cache; `startup.open_model` starts it in a run of several processes.
 
 Orbax writes with all processes of a run together, but here each host has its own cache. The request is {"path", "recipe",
-"cache_dir", "tensor", "data", "needs_tokenizer", "keep_granularity"}, the answer {"folder"}.
+"cache_dir", "tensor", "data", "needs_tokenizer", "keep_granularity"}, the answer {"folder", "said"}: the folder is null for a
+cache that cannot be written; said are the lines for stderr.
 """
 
+import contextlib
+import io
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +16,7 @@ from jaxfp8 import child_process
 from jaxfp8.errors import silence_libraries
 
 
-def _convert(request: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _convert(request: dict[str, Any]) -> Iterator[dict[str, str | None]]:
   os.environ["JAX_PLATFORMS"] = "cpu"
   from jaxfp8.checkpoint.weights_cache import cached_checkpoint
   from jaxfp8.mesh import MeshShape
@@ -26,8 +30,14 @@ def _convert(request: dict[str, Any]) -> Iterator[dict[str, str]]:
 
   silence_libraries()
   recipe, keep = Recipe(**request["recipe"]), request["keep_granularity"]
-  checkpoint = cached_checkpoint(request["path"], recipe, request["cache_dir"], check=check, keep_granularity=keep)
-  yield {"folder": str(checkpoint.path)}
+  said = io.StringIO()  # the parent shows only the last line of a child's stderr
+  try:
+    with contextlib.redirect_stderr(said):
+      checkpoint = cached_checkpoint(request["path"], recipe, request["cache_dir"], check=check, keep_granularity=keep)
+  except BaseException:
+    sys.stderr.write(said.getvalue())
+    raise
+  yield {"folder": str(checkpoint.path) if checkpoint else None, "said": said.getvalue()}
 
 
 if __name__ == "__main__":

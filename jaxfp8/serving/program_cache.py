@@ -4,7 +4,8 @@ JAX's own persistent cache saves XLA's compilation, but every start still traces
 longer. This cache stores the whole executable in jax_compilation_cache_dir. The key covers everything that a program depends
 on, this package's source included. The cache works only while JAX's own cache is off (jax_enable_compilation_cache): a program
 from JAX's cache serializes without its code, and fails when it runs. It serves only CPUs: loading a serialized executable
-on a GPU has not been verified. Like JAX's cache, it holds native code: whoever can write to the folder can run code.
+on a GPU has not been verified. A GPU uses JAX's cache, which `verify_jax_cache` teaches to compare digests too: they reveal
+damage, not an attacker. Like JAX's cache, it holds native code: whoever can write to the folder can run code.
 """
 
 import contextlib
@@ -16,33 +17,78 @@ import pickle
 
 import jax
 import jaxlib
+from jax._src import compilation_cache
+from jax._src.compilation_cache_interface import CacheInterface
+from jax._src.lru_cache import LRUCache
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from jaxfp8 import stored_files
 from jaxfp8.source_digest import source_digest
-from jaxfp8.unfinished import write_atomically
+
+_REMEDY = "the program is compiled again"
 
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
-  """The program stored under `key`, or None if there is no such program or this jax cannot load it."""
+  """The program stored under `key`, or None if there is no such program, or the stored one is damaged.
+
+  Native code with one wrong bit ends the process by a signal, so the file's SHA-256 is compared before anything reads it.
+  """
   path = _path(key, mesh)
-  if path is None:
+  content = stored_files.read(path, _REMEDY) if path else None
+  if content is None:
     return None
-  # A damaged or foreign file counts as no file: the program is compiled again and overwrites the file.
-  with contextlib.suppress(Exception):
-    payload, inputs, outputs = pickle.loads(path.read_bytes())
+  try:
+    payload, inputs, outputs = pickle.loads(content)
     return serialize_executable.deserialize_and_load(payload, inputs, outputs, execution_devices=list(mesh.devices.flat))
+  except Exception as error:  # of XLA, of pickle: whole, and yet not a program of this jax
+    stored_files.say(f"{path} cannot be loaded ({type(error).__name__}); {_REMEDY}")
   return None
 
 
 def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
   """Stores a program under `key`. If the folder cannot be written, the next start compiles again."""
-  path = _path(key, mesh)
-  if path is None:
-    return
-  with contextlib.suppress(OSError):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, pickle.dumps(serialize_executable.serialize(program)))
+  if path := _path(key, mesh):
+    stored_files.write(path, pickle.dumps(serialize_executable.serialize(program)))
+
+
+def verify_jax_cache() -> None:
+  """Makes JAX's own persistent cache, which GPUs use, compare a program's SHA-256 before the program is loaded.
+
+  To be called before the first compilation. JAX has no public way to wrap its cache; the release of jax is pinned, and a test
+  damages an entry.
+  """
+  compilation_cache.get_file_cache = _verified_cache
+
+
+class _VerifiedCache(CacheInterface):
+  """The files of JAX's cache, each with the digest of its content."""
+
+  def __init__(self, files: LRUCache):
+    self._files, self._path = files, files.path
+
+  def get(self, key: str) -> bytes | None:
+    stored = self._files.get(key)
+    content = None if stored is None else stored_files.without_digest(stored)
+    if stored is not None and content is None:
+      path = self._path / f"{key}-cache"
+      stored_files.say_damaged(path, stored, _REMEDY)
+      path.unlink(missing_ok=True)  # JAX never replaces a file
+    return content
+
+  def put(self, key: str, value: bytes) -> None:
+    try:
+      self._files.put(key, stored_files.with_digest(value))
+    except OSError as error:
+      stored_files.warn_unwritable(self._path, error)
+
+
+def _verified_cache(path: str) -> tuple[CacheInterface, str] | None:
+  try:
+    return _VerifiedCache(LRUCache(path, max_size=jax.config.jax_compilation_cache_max_size)), path
+  except OSError as error:
+    stored_files.warn_unwritable(pathlib.Path(path), error)
+    return None
 
 
 def _path(key: str, mesh: Mesh) -> pathlib.Path | None:

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from jaxfp8 import child_process
 from jaxfp8.checkpoint import readers
 from jaxfp8.checkpoint.load import load
-from jaxfp8.checkpoint.manifest import is_checkpoint
+from jaxfp8.checkpoint.manifest import DamagedCheckpoint, is_checkpoint
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.checkpoint.weights_cache import cached_checkpoint, fingerprint
+from jaxfp8.checkpoint.weights_cache import cached_checkpoint, discard, fingerprint
 from jaxfp8.config import LlamaConfig
 from jaxfp8.distributed import processes
 from jaxfp8.errors import InputError
@@ -94,7 +94,17 @@ def open_model(options: LoadOptions, progress: Progress) -> LoadedModel:
   """Loads a checkpoint; one of another project is converted first. Raises InputError for unusable options or files."""
   require_implementation(options.implementation)
   require_devices(options.tensor * options.data)
-  checkpoint, recipe = _open(options, progress)
+  try:
+    return _load(*_open(options, progress), options, progress)
+  except DamagedCheckpoint as error:
+    if error.checkpoint is None or is_checkpoint(options.checkpoint or readers.default_model()):
+      raise
+    if not discard(error.checkpoint, error.reason):
+      options = dataclasses.replace(options, cache_dir="")
+    return _load(*_open(options, progress), options, progress)
+
+
+def _load(checkpoint: Source, recipe: Recipe, options: LoadOptions, progress: Progress) -> LoadedModel:
   _check_stop_token_ids(checkpoint.config, options)
   if processes.count() > 1:
     processes.require_same({"checkpoint": fingerprint(checkpoint), "recipe": dataclasses.asdict(recipe)})
@@ -128,19 +138,23 @@ def _open(options: LoadOptions, progress: Progress) -> tuple[Source, Recipe]:
         check=lambda source: _check_source(source, options),
         keep_granularity=options.granularity is None,
       )
+  if checkpoint is None:
+    return _open(dataclasses.replace(options, cache_dir=""), progress)
   if options.granularity is None:
     recipe = dataclasses.replace(recipe, granularity=checkpoint.manifest.recipe.granularity)
   return checkpoint, recipe
 
 
-def _convert_in_child(path: pathlib.Path, recipe: Recipe, options: LoadOptions) -> Checkpoint:
+def _convert_in_child(path: pathlib.Path, recipe: Recipe, options: LoadOptions) -> Checkpoint | None:
   """`cached_checkpoint` in a child process that belongs to no group of processes (conversion_child.py says why)."""
   request = {name: getattr(options, name) for name in ("cache_dir", "tensor", "data", "needs_tokenizer")}
   request |= {"path": str(path), "recipe": dataclasses.asdict(recipe), "keep_granularity": options.granularity is None}
   reply = child_process.ask(child_process.Child.CONVERSION, request)
   if not reply.answers:
     raise InputError(f"generate: converting {path} failed: {reply.failure}. Convert it on one host and pass the result.")
-  return Checkpoint(reply.answers[0]["folder"])
+  (answer,) = reply.answers
+  print(answer["said"], end="", file=sys.stderr)
+  return Checkpoint(answer["folder"]) if answer["folder"] else None
 
 
 def _check_source(source: Source, options: LoadOptions) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import load
-from jaxfp8.checkpoint.manifest import orbax, orbax_context
+from jaxfp8.checkpoint.manifest import digest_of, orbax, orbax_context
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.save import save
 from jaxfp8.errors import InputError
@@ -42,7 +42,7 @@ class TestDamage:
     path = folder / "jaxfp8.json"
     data = json.loads(path.read_text())
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data | {"sha256": digest_of(data)}))
 
   def test_the_copy_itself_is_fine(self, folder):
     assert_same(load.load(Checkpoint(folder)), model_of("odd_tied", "channel"))
@@ -80,7 +80,7 @@ class TestDamage:
 
   def test_a_missing_array(self, folder):
     self.edit(folder, lambda data: data["config"].update(tied_embeddings=False))
-    self.refused(folder, "lm_head.weight[V,D]", "nothing")
+    self.refused(folder, "lm_head.weight[V,D]", "absent")
 
   @pytest.mark.parametrize("damage", ["remove", "truncate", "empty"])
   def test_a_damaged_file(self, folder, damage):
@@ -90,7 +90,7 @@ class TestDamage:
       largest.unlink()
     else:
       largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2] if damage == "truncate" else b"")
-    self.refused(folder, "is damaged", "Remove the folder and convert again")
+    self.refused(folder, "is damaged", "Convert its source again, or fetch the checkpoint again.")
 
   def test_orbax_does_cast(self, tmp_path):
     """The trap that dtypes are compared for. If this fails, Orbax has learnt to refuse, and the comparison may go."""

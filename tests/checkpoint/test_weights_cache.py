@@ -107,6 +107,48 @@ def test_damaged_list_of_sources_only_costs_time(convert_chain, cache, monkeypat
   assert convert_chain() == first
 
 
+def test_an_edit_that_keeps_size_and_time_is_noticed(convert_chain, chain):
+  first, config = convert_chain(), chain / "config.json"
+  before = config.stat()
+  config.write_text(config.read_text().replace('"max_position_embeddings": 256', '"max_position_embeddings": 128'))
+  os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+  assert config.stat().st_size == before.st_size and config.stat().st_mtime_ns == before.st_mtime_ns
+  assert convert_chain() != first
+
+
+def test_other_times_or_another_copy_of_the_source_convert_nothing(convert_chain, chain, monkeypatch):
+  first = convert_chain()
+  _forbid_conversion(monkeypatch)
+  os.utime(chain / "config.json", (1, 1))
+  assert convert_chain() == first
+  content = (chain / "config.json").read_bytes()
+  (chain / "config.json").unlink()
+  (chain / "config.json").write_bytes(content)
+  assert convert_chain() == first
+
+
+def test_a_wrong_bit_in_the_list_of_sources_costs_only_time(convert_chain, cache, monkeypatch, capsys):
+  first, path = convert_chain(), cache / "sources.json"
+  data = bytearray(path.read_bytes())
+  data[-20] ^= 1  # in the hash of the content
+  path.write_bytes(data)
+  _forbid_conversion(monkeypatch)
+  assert convert_chain() == first
+  assert capsys.readouterr().err == (
+    f"cache: {path} is damaged: its SHA-256 is not the stored one; the source is read again.\n"
+  )
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_cache_that_cannot_be_written_is_said_once(chain, tmp_path, monkeypatch, capsys, place):
+  monkeypatch.setattr(weights_cache.stored_files, "_said", set())
+  (tmp_path / "file").write_text("in the way")
+  for _ in range(2):
+    assert weights_cache.cached_checkpoint(chain, Recipe(), tmp_path / place) is None
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("cache: cannot write ") and line.endswith("this run goes on and keeps nothing for the next one.")
+
+
 def test_nothing_is_kept_with_an_empty_cache_dir(chain, tmp_path):
   home = tmp_path / "home"
   arguments = ("--checkpoint", chain, "--cache_dir=", "--prompt", "x", "--max_new_tokens", "30")
@@ -144,7 +186,8 @@ def test_damaged_checkpoints_are_made_again(convert_chain, cache, capsys, how):
   good = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
   _damage(how, folder)
   assert convert_chain() == folder
-  assert capsys.readouterr().err == f"cache: {folder} is damaged; the source is converted again.\n"
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"cache: {folder} is damaged: ") and line.endswith("; the source is converted again.")
   assert {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}.keys() == good.keys()
   assert load.load(folder).config.name == "chain"
   assert _folders(cache) == [folder]
