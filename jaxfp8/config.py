@@ -22,14 +22,7 @@ import numpy as np
 
 from jaxfp8.errors import InputError
 
-ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def refuse_model(feature: str, value: Any) -> InputError:
-  """The error, for readers to raise, for a model that is not a Llama. feature, value: a key of the config and its value."""
-  return InputError(
-    f"config: {feature} {value!r} is not a Llama that jaxfp8 computes exactly. Use a LlamaForCausalLM checkpoint without it."
-  )
+ROPE_TYPES = ("default", "linear", "llama3")  # the types that a file names; "divisors" is the fourth type of RopeConfig
 
 
 def _require_positive(name: str, value: Any) -> None:
@@ -41,6 +34,9 @@ def _require_positive(name: str, value: Any) -> None:
 class RopeConfig:
   """Rotary position embedding (RoFormer, arXiv 2104.09864); `llama3` is Llama 3.1's frequency scaling.
 
+  divisors: for the type "divisors", the number that divides each pair's frequency, [head_dim / 2]. A GGUF file stores them
+    (`rope_freqs.weight`), and not the formula that gave them. Empty for the other types.
+
   Raises InputError for an unknown type, and for numbers that are not positive or not in order.
   """
 
@@ -50,12 +46,21 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_context: int = 8192
+  divisors: tuple[float, ...] = ()
 
   def __post_init__(self):
-    if self.type not in ROPE_TYPES:
+    if self.type not in (*ROPE_TYPES, "divisors"):
       raise InputError(
         f"config: rope type must be one of {', '.join(ROPE_TYPES)}; got {self.type!r}. jaxfp8 does not compute this model."
       )
+    object.__setattr__(self, "divisors", tuple(self.divisors))
+    if (self.type == "divisors") != bool(self.divisors):
+      raise InputError(
+        f"config: rope divisors belong to the rope type 'divisors' and to no other; got type {self.type!r} and "
+        f"{len(self.divisors)} divisors. Check the model's config."
+      )
+    for divisor in self.divisors:
+      _require_positive("every rope divisor", divisor)
     for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_context"):
       _require_positive(f"rope {name}", getattr(self, name))
     if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -73,6 +78,8 @@ class RopeConfig:
     freq = np.float32(1.0) / np.power(np.float32(self.theta), exponent, dtype=np.float32)
     if self.type == "linear":
       return freq / np.float32(self.factor)
+    if self.type == "divisors":
+      return freq / np.array(self.divisors, np.float32)
     if self.type == "llama3":
       return self._llama3(freq)
     return freq
@@ -131,6 +138,11 @@ class LlamaConfig:
       )
     if self.head_dim % 2:
       raise InputError(f"config: head_dim must be even, since RoPE turns pairs; got {self.head_dim}. Check the model's config.")
+    if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+      raise InputError(
+        f"config: rope divisors must be one a pair, {self.head_dim // 2} for heads of {self.head_dim}; "
+        f"got {len(self.rope.divisors)}. Check the model's config."
+      )
     for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
       if not 0 <= token < self.vocab_size:
         raise InputError(
@@ -174,6 +186,9 @@ class LlamaConfig:
     fields = {**dataclasses.asdict(self), "eos_ids": list(self.eos_ids)}
     if self.activation_scale_ub is None:
       del fields["activation_scale_ub"]
+    divisors = fields["rope"].pop("divisors")  # only where they are: versions before them read all other manifests
+    if divisors:
+      fields["rope"]["divisors"] = list(divisors)
     return fields
 
 

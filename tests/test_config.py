@@ -82,6 +82,10 @@ def test_json_keeps_every_field(case):
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive"),
     ({"rope": {"type": "yarn"}}, "rope type must be one of .* got 'yarn'"),
     ({"rope": {"theta": -1.0}}, "rope theta must be a positive"),
+    ({"rope": {"type": "divisors"}}, "rope divisors belong to .* got type 'divisors' and 0"),
+    ({"rope": {"type": "linear", "divisors": [1.0] * 4}}, "belong to .* got type 'linear' and 4"),
+    ({"rope": {"type": "divisors", "divisors": [1.0, 2.0, 0.0, 4.0]}}, "every rope divisor must be a positive number; got 0.0"),
+    ({"rope": {"type": "divisors", "divisors": [1.0] * 3}}, "one a pair, 4 for heads of 8; got 3"),
     ({"rope": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor > low_freq_factor"),
     ({"layers": 3}, "layers"),
     ({"rope": 5}, "fields of a LlamaConfig"),
@@ -139,21 +143,18 @@ def test_hugging_face_defaults():
   ("change", "says"),
   [
     ({"model_type": "qwen2"}, "model_type 'qwen2'"),
-    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+    ({"architectures": ["Gemma2ForCausalLM"]}, "architectures 'Gemma2ForCausalLM' in .*Llama models only.*llama.cpp or vLLM"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 4096}, "sliding_window 4096"),
+    ({"sliding_window": 128}, "sliding_window 128 in config.json"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
     ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
-    ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
+    ({"rope_scaling": "linear"}, "rope_scaling in config.json must be an object; got 'linear'"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ({"hidden_size": "52"}, "wrong kind|whole number"),
-    ({"num_attention_heads": 0}, "wrong kind|positive"),
-    ({"eos_token_id": [{}]}, "wrong kind"),
   ],
 )
 def test_what_is_no_llama_is_refused_by_name(change, says):
@@ -201,8 +202,6 @@ def test_gguf_rope_factors_give_llama3_back(factor):
   rope = RopeConfig(**{**LLAMA3, "factor": factor}, original_max_context=8192)
   divisors = (_published_frequencies(128, RopeConfig(theta=5e5)) / _published_frequencies(128, rope)).astype(np.float32)
   assert config_from_gguf(_gguf_metadata(), has_output=True, rope_factors=divisors).rope == rope
-  with pytest.raises(InputError, match=r"rope_freqs\.weight"):
-    config_from_gguf(_gguf_metadata(), has_output=True, rope_factors=divisors * 1.01)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_gguf_rope_factors_give_llama3_back(factor):
     ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
     ({"llama.rope.dimension_count": 64}, "dimension_count"),
     ({"llama.attention.head_count_kv": [2, 4]}, "head_count_kv that differs"),
-    ({"llama.block_count": "two"}, "whole number"),
+    ({"llama.block_count": "two"}, "llama.block_count in the GGUF file must be a positive whole number; got 'two'"),
   ],
 )
 def test_gguf_metadata_is_refused_by_name(change, says):

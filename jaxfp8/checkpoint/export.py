@@ -61,8 +61,16 @@ def export_checkpoint(
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-  """config.json of a LlamaForCausalLM, with the names for RoPE of transformers 4, which transformers 5 reads too."""
+  """config.json of a LlamaForCausalLM, with the names for RoPE of transformers 4, which transformers 5 reads too.
+
+  Raises InputError for rope divisors that no formula of transformers gives.
+  """
   rope = config.rope
+  if rope.type == "divisors":
+    raise InputError(
+      f"export: config.json has no place for the rope divisors of {config.name}, which its GGUF file stores as "
+      "rope_freqs.weight and no llama3 scaling gives. Run this checkpoint with jaxfp8, or the GGUF file with llama.cpp."
+    )
   scaling: dict[str, Any] = {} if rope.type == "default" else {"rope_type": rope.type, "factor": rope.factor}
   if rope.type == "llama3":
     scaling |= {

@@ -158,8 +158,8 @@ BAD_FOLDERS = {
   "untied, no head": (1, lambda f: _edit_json(f / "config.json", tie_word_embeddings=False), "not tied.*lm_head"),
   "bias": (
     1,
-    lambda f: _edit_tensors(f, lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}),
-    "holds model.layers.0.self_attn.q_proj.bias",
+    lambda f: _edit_tensors(f, lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}),
+    "model.layers.0.self_attn.q_proj.bias in .* holds 1.0 at",
   ),
   "int8": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(np.int8)}), f"{Q}.*got I8"),
   "float64": (1, lambda f: _edit_tensors(f, lambda t: {**t, Q: t[Q].astype(np.float64)}), f"{Q}.*got F64"),

@@ -21,6 +21,7 @@ from jaxfp8.checkpoint.readers.gguf_config import config_from_gguf
 from jaxfp8.checkpoint.readers.gguf_header import GgufHeader, GgufTensor, read_header
 from jaxfp8.checkpoint.readers.locate import gguf_parts
 from jaxfp8.checkpoint.readers.source import Source, check_finite, check_tensors, expected_tensors, some_of
+from jaxfp8.checkpoint.readers.zero_biases import bias_notes, zero_biases
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -58,11 +59,15 @@ class GgufSource(Source):
     self._metadata = headers[0].metadata
     self.config = _config(headers)
     self._tensors = _by_hugging_face_name(headers)
+    biases = zero_biases([tensor.name for tensor in self._tensors.values()], self._bias, path)
+    for name in biases:
+      del self._tensors[hugging_face_name(name)]
+    self.notes = bias_notes(biases)
     unused = [name for name in self._tensors if name.endswith(_UNUSED)]
     for name in unused:
       del self._tensors[name]
     if unused:
-      self.notes = (f"{some_of(unused)} is not used, since the frequencies of RoPE follow from the metadata",)
+      self.notes += (f"{some_of(unused)} is not used, since the frequencies of RoPE follow from the metadata",)
     self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
     self._files = [header.path for header in headers]
     check_tensors(path, self.config, self._shapes, {name: self.dtype(name) for name in self._tensors})
@@ -81,6 +86,9 @@ class GgufSource(Source):
       f"readers: GGUF types must be one of {types}; {tensor.name} in {tensor.path} is {tensor.type.name}. "
       "Pass another quantization of this model."
     )
+
+  def _bias(self, name: str) -> np.ndarray:
+    return _array(self._tensors[hugging_face_name(name)])
 
   def shape(self, name: str) -> tuple[int, ...]:
     return self._shapes[name]
@@ -182,7 +190,7 @@ def _config(headers: list[GgufHeader]) -> LlamaConfig:
   tensors: Mapping[str, GgufTensor] = {name: tensor for header in headers for name, tensor in header.tensors.items()}
   metadata: dict[str, Any] = headers[0].metadata
   factors = _array(tensors[_ROPE_FACTORS]).astype(np.float32) if _ROPE_FACTORS in tensors else None
-  return config_from_gguf(metadata, has_output="output.weight" in tensors, rope_factors=factors)
+  return config_from_gguf(metadata, has_output="output.weight" in tensors, rope_factors=factors, where=headers[0].path)
 
 
 def _array(tensor: GgufTensor) -> np.ndarray:

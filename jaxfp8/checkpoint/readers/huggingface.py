@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxfp8.checkpoint.readers import dialects
-from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config
+from jaxfp8.checkpoint.readers.huggingface_config import config_notes, read_folder_config
 from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, FolderTokenizer
 from jaxfp8.checkpoint.readers.json_file import read_json
 from jaxfp8.checkpoint.readers.locate import ADAPTER, foreign, unfinished
@@ -31,6 +31,7 @@ from jaxfp8.checkpoint.readers.source import (
   expected_tensors,
 )
 from jaxfp8.checkpoint.readers.tensor_names import is_unused, plain_names
+from jaxfp8.checkpoint.readers.zero_biases import bias_notes, zero_biases
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
 from jaxfp8.errors import InputError
@@ -50,21 +51,28 @@ class HuggingFaceSource(Source):
         "or remove the adapter's files."
       )
     self._tokenizer = FolderTokenizer(folder)
-    self.config = self._with_end_ids(read_folder_config(folder))
     self._headers: dict[str, Header] = {}
     for path in _shard_paths(folder):
       self._add_headers(path)
     _check_index(folder, self._headers)
     self._headers, renamed = plain_names(self._headers, folder)
+    biases = zero_biases(self._headers, self._bias, folder)
+    for name in biases:
+      del self._headers[name]
+    self.config = self._with_end_ids(read_folder_config(folder, zero_biases=True))
+    hf = read_json(folder / "config.json")
     quant_file = folder / "hf_quant_config.json"
     self._all = dict(self._headers)
-    self._scheme = dialects.recognize(
-      folder, read_json(folder / "config.json"), read_json(quant_file) if quant_file.exists() else None, self._headers
-    )
-    self.dialect, self.notes = self._scheme.dialect, (*renamed, *self._scheme.notes)
+    self._scheme = dialects.recognize(folder, hf, read_json(quant_file) if quant_file.exists() else None, self._headers)
+    self.dialect = self._scheme.dialect
+    self.notes = (*renamed, *config_notes(hf), *bias_notes(biases), *self._scheme.notes)
     shapes = {name: header.shape for name, header in self._headers.items()}
     quantized = {f"{module}.weight" for module in self._scheme.weights}
     check_tensors(folder, self.config, shapes, {name: h.dtype for name, h in self._headers.items()}, quantized)
+
+  def _bias(self, name: str) -> np.ndarray | None:
+    header = self._headers[name]
+    return read_tensor(name, header) if isinstance(header.dtype, np.dtype) else None
 
   def _with_end_ids(self, config: LlamaConfig) -> LlamaConfig:
     """Adds the EOS token of the tokenizer, which may be another one than that of config.json."""

@@ -1,8 +1,7 @@
-"""Reads the JSON files of a checkpoint, and the token ids in them. Refuses to know what other fields mean."""
+"""Reads the JSON files of a checkpoint. Refuses to know what their fields mean."""
 
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from jaxfp8.checkpoint.readers.source import read_text
@@ -15,28 +14,22 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
+  """Raises InputError unless the text is a JSON object, and for a key that stands twice in one object."""
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+      twice = next(key for i, (key, _) in enumerate(pairs) if key in (earlier for earlier, _ in pairs[:i]))
+      raise InputError(f"readers: a key may stand once in a JSON object; {path} has {twice!r} twice. Remove the wrong one.")
+    return fields
+
   try:
-    value = json.loads(text)
+    value = json.loads(text, object_pairs_hook=unique)
   except (ValueError, RecursionError) as error:
     raise InputError(f"readers: {path} is not valid JSON: {error}. Fetch the file again.") from error
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
   return value
-
-
-def token_ids(fields: Mapping[str, Any], name: str, path: pathlib.Path) -> tuple[int, ...]:
-  """The ids in `fields[name]`, each once: none for null or an absent field, one for a number, or those of a list of numbers.
-
-  Raises InputError, naming field and file, for any other value.
-  """
-  ids = as_list(fields.get(name))
-  for token in ids:
-    if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-      raise InputError(
-        f"config: {name} in {path} must be a token id, a whole number, or a list of ids; got {fields[name]!r}. "
-        "Compare the file with the published one."
-      )
-  return tuple(dict.fromkeys(ids))
 
 
 def as_list(value: Any) -> list[Any]:

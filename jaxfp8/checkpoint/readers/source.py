@@ -215,7 +215,10 @@ def some_of(names: Collection[str]) -> str:
 
 
 def read_text(path: pathlib.Path) -> str:
-  """The text of a file, or of the file that a link leads to. Raises InputError for anything else, such as a device."""
+  """The text of a file, or of the file that a link leads to, without a byte-order mark.
+
+  Raises InputError for anything else, such as a device.
+  """
   if path.exists() and not path.is_file():
     raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
   try:
