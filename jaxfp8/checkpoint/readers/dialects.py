@@ -5,12 +5,11 @@
     (out,), (out, 1)          one an output row              compressed-tensors "channel", FBGEMM, ModelOpt per channel
     (out/128, in/128), also as (out/128, 1, in/128, 1)       DeepSeek, compressed-tensors "block", ModelOpt FP8_PB_WO
 
-The tensors decide. The config only names the dialect. It is refused if it names an algorithm that is not FP8, and compared
-with the tensors: `Scheme.notes` lists the disagreements.
+The tensors decide. The config (`quantization_config`) names the dialect, is refused if jaxfp8 does not compute what it says,
+and is compared with the tensors: `Scheme.notes` lists the disagreements.
 """
 
 import dataclasses
-import fnmatch
 import pathlib
 import re
 from collections.abc import Mapping
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxfp8.checkpoint.readers.quantization_config import QuantizationConfig, read_quantization
 from jaxfp8.checkpoint.readers.safetensors_file import Header, read_tensor
 from jaxfp8.checkpoint.readers.source import FLOAT8, some_of
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import BLOCK
 
-_METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
-_MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 _INPUT_SCALES = ("input_scale", "act_scale")  # act_scale: AutoFP8's first files
 # Names of a layer's KV scales after `model.layers.N.self_attn.`; the first that exists is used. kv_scale is for both.
@@ -42,12 +40,14 @@ class Scheme:
 
   weights: module -> (name of its scale's tensor, "tensor", "channel" or "block128").
   static: our name of an input or KV scale -> the tensor that holds it.
+  activation_scale_ub: the largest absolute value that a token's activation scale covers (FBGEMM); None for no bound.
   """
 
   dialect: str = "plain"
   weights: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
   static: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  activation_scale_ub: float | None = None
 
 
 def recognize(
@@ -62,7 +62,7 @@ def recognize(
   Raises:
     InputError: an algorithm that is not FP8; F8 without a scale; a scale without F8; a scale of an odd shape.
   """
-  config = _Config.of(folder, hf, quant_file)
+  config = read_quantization(folder, hf, quant_file)
   weights = {}
   for name, header in headers.items():
     module, _, kind = name.rpartition(".")
@@ -86,10 +86,12 @@ def recognize(
   unset = _remove_unset(static, headers)
   for name in [scale for scale, _ in weights.values()] + used:
     headers.pop(name, None)
-  notes = config.disagreements(weights, static, headers)
+  notes = _disagreements(config, weights, static, headers)
   if unset:
     notes += (f"scales of keys and values that were never set (0 or -1) are ignored, such as {some_of(unset)}",)
-  return Scheme(config.dialect if weights or config.names_scheme else "plain", weights, static, notes)
+  return Scheme(
+    config.dialect if weights or config.names_scheme else "plain", weights, static, notes, config.activation_scale_ub
+  )
 
 
 def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Mapping[str, Header]) -> tuple[str, str]:
@@ -158,106 +160,25 @@ def _remove_unset(static: dict[str, str], headers: Mapping[str, Header]) -> list
   return list(dict.fromkeys(unset))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
-  """The statements of the config files: the dialect's name, the modules left out, and whether inputs are static.
-
-  names_scheme: whether they name a quantization at all.
-  """
-
-  dialect: str
-  names_scheme: bool
-  ignore: tuple[str, ...]
-  static: bool | None
-
-  @classmethod
-  def of(cls, folder: pathlib.Path, hf: Mapping[str, Any], quant_file: Mapping[str, Any] | None) -> "_Config":
-    scheme = hf.get("quantization_config") or hf.get("compression_config") or {}
-    if not isinstance(scheme, Mapping):
-      raise _refuse(folder, f"quantization_config {scheme!r}")
-    if quant_file is not None:
-      inner = quant_file.get("quantization", {})
-      if not isinstance(inner, Mapping):
-        raise _refuse(folder, f"quantization {inner!r} in hf_quant_config.json")
-      scheme = {"quant_method": "modelopt", **inner, **scheme}
-    if not scheme:
-      return cls("float8 tensors without a config", False, (), None)
-    method = str(scheme.get("quant_method", "compressed-tensors" if "config_groups" in scheme else "unnamed"))
-    algorithm = scheme.get("quant_algo")
-    if algorithm and method == "modelopt" and str(algorithm).upper() not in _MODELOPT_ALGORITHMS:
-      raise _refuse(folder, f"quant_algo {algorithm!r}")
-    if method not in _METHODS:
-      raise _refuse(folder, f"quant_method {method!r}")
-    groups = scheme.get("config_groups")
-    groups = [group for group in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(group, Mapping)]
-    for group in groups:
-      weights = group.get("weights")
-      if isinstance(weights, Mapping) and (weights.get("type", "float"), weights.get("num_bits", 8)) != ("float", 8):
-        raise _refuse(folder, f"weights of {weights.get('num_bits')!r} bits and type {weights.get('type')!r}")
-    names = [scheme.get(key) for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "exclude")]
-    ignore = tuple(str(entry) for entries in names if isinstance(entries, list) for entry in entries)
-    return cls(_dialect(method, scheme, algorithm), True, ignore, _static(method, scheme, groups))
-
-  def disagreements(self, weights, static, headers: Mapping[str, Header]) -> tuple[str, ...]:
-    """One sentence for each way in which config and tensors differ."""
-    notes = []
-    if not self.names_scheme:
-      return ("the config names no quantization, and weights are float8",) if weights else ()
-    plain = [name.removesuffix(".weight") for name in headers if name.endswith("_proj.weight")]
-    plain = [module for module in plain if module not in weights and not self._ignores(module)]
-    quantized = [module for module in weights if self._ignores(module)]
-    if plain:
-      notes.append(f"the config quantizes {some_of(plain)}, and the weights are not float8")
-    if quantized:
-      notes.append(f"the config leaves out {some_of(quantized)}, and the weights are float8")
-    without = [module for module in weights if f"{module}.input_scale" not in static]
-    if self.static and without:
-      notes.append(f"the config says that inputs have static scales, and {some_of(without)} has none")
-    if self.static is False and len(without) < len(weights):
-      notes.append("the config says that inputs are scaled dynamically, and static scales are there")
-    return tuple(notes)
-
-  def _ignores(self, module: str) -> bool:
-    return any(_names(entry, module) for entry in self.ignore)
-
-
-def _names(entry: str, module: str) -> bool:
-  """Whether an entry of an ignore list names a module: by its name, a part of it, a wildcard, or `re:` and an expression."""
-  if entry.startswith("re:"):
-    try:
-      return re.match(entry[3:], module) is not None
-    except re.error:
-      return False
-  inside = entry == module or module.endswith("." + entry) or module.startswith(entry.rstrip(".") + ".")
-  return inside or entry == "Linear" or ("*" in entry and fnmatch.fnmatchcase(module, entry))
-
-
-def _dialect(method: str, scheme: Mapping[str, Any], algorithm: Any) -> str:
-  if method == "modelopt":
-    return f"modelopt {str(algorithm or 'FP8').upper()}"
-  if method == "fp8":
-    return "fp8 block128" if scheme.get("weight_block_size") else f"fp8 {scheme.get('activation_scheme', 'static')}"
-  return method
-
-
-def _static(method: str, scheme: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> bool | None:
-  """Whether the config says that inputs have static scales; None if it does not say."""
-  if method == "fp8":
-    return {"static": True, "dynamic": False}.get(str(scheme.get("activation_scheme")))
-  if method == "fbgemm_fp8":
-    return False
-  inputs = [group.get("input_activations") for group in groups]
-  if not inputs:
-    return None
-  return any(isinstance(entry, Mapping) and entry.get("dynamic") is False for entry in inputs)
+def _disagreements(config: QuantizationConfig, weights, static, headers: Mapping[str, Header]) -> tuple[str, ...]:
+  """One sentence for each way in which config and tensors differ."""
+  notes = list(config.notes)
+  if not config.names_scheme:
+    return ("the config names no quantization, and weights are float8",) if weights else ()
+  plain = [name.removesuffix(".weight") for name in headers if name.endswith("_proj.weight")]
+  plain = [module for module in plain if module not in weights and not config.ignores(module)]
+  quantized = [module for module in weights if config.ignores(module)]
+  if plain:
+    notes.append(f"the config quantizes {some_of(plain)}, and the weights are not float8")
+  if quantized:
+    notes.append(f"the config leaves out {some_of(quantized)}, and the weights are float8")
+  without = [module for module in weights if f"{module}.input_scale" not in static]
+  if config.static and without:
+    notes.append(f"the config says that inputs have static scales, and {some_of(without)} has none")
+  if config.static is False and len(without) < len(weights):
+    notes.append("the config says that inputs are scaled dynamically, and static scales are there")
+  return tuple(notes)
 
 
 def _name(dtype: np.dtype | str) -> str:
   return dtype if isinstance(dtype, str) else dtype.name
-
-
-def _refuse(folder: pathlib.Path, scheme: str) -> InputError:
-  return InputError(
-    f"readers: quantized weights must be FP8 (compressed-tensors, ModelOpt, FBGEMM, AutoFP8 or blocks of 128); {folder} has "
-    f"{scheme}. Pass an FP8 checkpoint, or the float16 or bfloat16 one that it was made from."
-  )
