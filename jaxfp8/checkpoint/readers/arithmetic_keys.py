@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxfp8.checkpoint.readers.fields import refuse_model
+from jaxfp8.checkpoint.readers.fields import NUMBER, refuse_model
 from jaxfp8.config import LlamaConfig
 
 _Neutral = Callable[[Any, LlamaConfig], bool]
@@ -42,16 +42,16 @@ def _off_or_factor(value: Any, config: LlamaConfig) -> bool:
 
 
 def _softmax_scale(value: Any, config: LlamaConfig) -> bool:
-  return value is None or (_is_number(value) and math.isclose(value, config.head_dim**-0.5, rel_tol=1e-6))
+  return value is None or (NUMBER.holds(value) and math.isclose(value, config.head_dim**-0.5, rel_tol=1e-6))
 
 
 def _equals(field: str) -> _Neutral:
-  return lambda value, config: value is None or (_is_number(value) and value == getattr(config, field))
+  return lambda value, config: value is None or (NUMBER.holds(value) and value == getattr(config, field))
 
 
 def _window(value: Any, config: LlamaConfig) -> bool:
   """No window, or one that no context outgrows; a query sees `sliding_window` tokens, itself among them."""
-  return _off(value, config) or (_is_number(value) and value >= config.max_context) or _each(_window)(value, config)
+  return _off(value, config) or (NUMBER.holds(value) and value >= config.max_context) or _each(_window)(value, config)
 
 
 def _words(*neutral: Any) -> _Neutral:
@@ -62,10 +62,6 @@ def _words(*neutral: Any) -> _Neutral:
 
 def _never_changes(value: Any, config: LlamaConfig) -> bool:
   return True
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _WINDOWS = "sliding_window sliding_window_size window_size attention_window local_attention_window attention_chunk_size".split()
@@ -130,7 +126,7 @@ _GGUF: dict[str, _Neutral] = {
   "attention.scale": lambda value, config: not value or _softmax_scale(value, config),
   "attention.sliding_window": _window,
   "attention.causal": _words(True),
-  "rope.freq_base_swa": lambda value, config: not value or math.isclose(value, config.rope.theta, rel_tol=1e-6),
+  "rope.freq_base_swa": lambda value, config: not value or value == config.rope.theta,
 }
 
 

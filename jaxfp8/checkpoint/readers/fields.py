@@ -6,8 +6,8 @@ float that is finite. null counts as an absent field.
 """
 
 import dataclasses
-import math
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +27,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+  # A whole number above every float64 is no number that RoPE or a norm could take.
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_list(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -38,7 +39,7 @@ def _is_id(value: Any) -> bool:
   return _is_whole(value) and value >= 0
 
 
-COUNT = Kind("a positive whole number", lambda value: _is_whole(value) and value > 0)
+COUNT = Kind("a positive whole number", lambda value: _is_whole(value) and 0 < value < 1 << 63)
 COUNTS = Kind("a positive whole number, or one for each layer", lambda v: COUNT.holds(v) or _is_list(COUNT.holds)(v))
 NUMBER = Kind("a number", _is_number)
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)
@@ -93,5 +94,5 @@ def refuse_contradiction(first: tuple[str, Any], second: tuple[str, Any], where:
 
 def shown(value: Any) -> str:
   """A value in a message, shortened."""
-  shortener = reprlib.Repr(maxdict=8, maxlist=6, maxtuple=6, maxstring=80, maxother=80)
-  return shortener.repr(value)
+  text = reprlib.repr(value) if isinstance(value, int) else repr(value)
+  return text if len(text) <= 160 else f"{text[:150]} ..."

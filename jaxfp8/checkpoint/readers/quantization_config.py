@@ -157,6 +157,8 @@ def _check_key(where: object, method: str, key: str, value: Any) -> None:
   if value is None or (not value and key != "weight_block_size"):
     return
   if not (str(value).lower() in _WORDS[key] if key in _WORDS else key in checks and checks[key](value)):
+    if key == "transform_config":
+      value = sorted(set(re.findall(r"'location': ('\w+'|None)", repr(value)))) or value  # the rest is long
     raise _refuse(where, f"{key} {shown(value)}", _ALTERNATIVES.get(key))
 
 
@@ -174,6 +176,7 @@ def _groups(where: object, groups: Mapping[str, Any]) -> list[Mapping[str, Any]]
       _check_weights(where, f"{place}.weights", weights)
     if inputs:
       _check_inputs(where, f"{place}.input_activations", inputs, weights.get("strategy"))
+    check_fields(group, {"targets": TEXTS}, f"{place} of {where}")
     keys_and_values = all(re.search(r"[kv]_proj", str(target)) for target in group.get("targets") or ("",))
     if outputs and not (keys_and_values and _is_fp8_cache(outputs)):  # old files state the KV cache's scales in this way
       raise _refuse(where, f"{place}.output_activations {shown(outputs)}")
@@ -240,9 +243,10 @@ def _is_fused(transforms: Any) -> bool:
   groups = transforms.get("config_groups") or {}
   if not isinstance(groups, Mapping) or any(value for key, value in transforms.items() if key != "config_groups"):
     return False
-  applied = [
-    apply for group in groups.values() for apply in (group.get("apply") if isinstance(group, Mapping) else None) or ({},)
-  ]
+  applied = []
+  for group in groups.values():
+    listed = group.get("apply") if isinstance(group, Mapping) else None
+    applied += listed if isinstance(listed, list) and listed else [None]
   return all(isinstance(apply, Mapping) and apply.get("location") in _FUSED for apply in applied)
 
 
