@@ -55,7 +55,7 @@ def weights(**change):
 )
 def test_what_is_computed_and_what_changes_nothing_is_read(scheme):
   config = read(scheme)
-  assert config.names_scheme and config.notes == () and config.activation_scale_ub is None
+  assert config.names_scheme and config.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,6 @@ def test_what_is_computed_and_what_changes_nothing_is_read(scheme):
 def test_what_is_not_computed_is_refused_by_name(scheme, says):
   with pytest.raises(InputError, match=says):
     read(scheme)
-
-
-def test_the_bound_of_fbgemms_scales_is_handed_on():
-  assert read({"quant_method": "fbgemm_fp8", "activation_scale_ub": 900.0}).activation_scale_ub == 900.0
-  assert read({"quant_method": "fbgemm_fp8"}).activation_scale_ub == 1200.0  # transformers' default
 
 
 def test_spellings_that_contradict_each_other_are_both_named():

@@ -40,14 +40,12 @@ class Scheme:
 
   weights: module -> (name of its scale's tensor, "tensor", "channel" or "block128").
   static: our name of an input or KV scale -> the tensor that holds it.
-  activation_scale_ub: the largest absolute value that a token's activation scale covers (FBGEMM); None for no bound.
   """
 
   dialect: str = "plain"
   weights: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
   static: Mapping[str, str] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
-  activation_scale_ub: float | None = None
 
 
 def recognize(
@@ -89,9 +87,7 @@ def recognize(
   notes = _disagreements(config, weights, static, headers)
   if unset:
     notes += (f"scales of keys and values that were never set (0 or -1) are ignored, such as {some_of(unset)}",)
-  return Scheme(
-    config.dialect if weights or config.names_scheme else "plain", weights, static, notes, config.activation_scale_ub
-  )
+  return Scheme(config.dialect if weights or config.names_scheme else "plain", weights, static, notes)
 
 
 def _scale_beside(folder: pathlib.Path, module: str, weight: Header, headers: Mapping[str, Header]) -> tuple[str, str]:

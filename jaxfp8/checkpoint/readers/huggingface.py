@@ -64,7 +64,7 @@ class HuggingFaceSource(Source):
     quant_file = folder / "hf_quant_config.json"
     self._all = dict(self._headers)
     self._scheme = dialects.recognize(folder, hf, read_json(quant_file) if quant_file.exists() else None, self._headers)
-    self.dialect, self.activation_scale_ub = self._scheme.dialect, self._scheme.activation_scale_ub
+    self.dialect = self._scheme.dialect
     self.notes = (*renamed, *config_notes(hf), *bias_notes(biases), *self._scheme.notes)
     shapes = {name: header.shape for name, header in self._headers.items()}
     quantized = {f"{module}.weight" for module in self._scheme.weights}

@@ -26,7 +26,6 @@ from jaxfp8.recipe import BLOCK
 
 _METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
 _MODELOPT_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-_FBGEMM_BOUND = 1200.0  # transformers' FbgemmFp8Config, for a config without the key
 _IGNORE = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "exclude")
 _E4M3 = ("e4m3", "fp8", "fp8_e4m3", "e4m3fn", "float8_e4m3fn")
 _KINDS = {
@@ -65,15 +64,13 @@ class QuantizationConfig:
   """The statements of the config files.
 
   dialect: its name, for messages. names_scheme: whether the files name a quantization at all. ignore: the modules left out.
-  static: whether inputs have static scales; None if the files do not say. activation_scale_ub: the largest absolute value that
-  a token's scale covers (FBGEMM), or None. notes: sentences about statements that differ.
+  static: whether inputs have static scales; None if the files do not say. notes: sentences about statements that differ.
   """
 
   dialect: str = "float8 tensors without a config"
   names_scheme: bool = False
   ignore: tuple[str, ...] = ()
   static: bool | None = None
-  activation_scale_ub: float | None = None
   notes: tuple[str, ...] = ()
 
   def ignores(self, module: str) -> bool:
@@ -104,7 +101,6 @@ def read_quantization(where: object, hf: Mapping[str, Any], quant_file: Mapping[
     names_scheme=True,
     ignore=tuple(dict.fromkeys(entry for entries in lists.values() for entry in entries)),
     static=_static(method, scheme, groups),
-    activation_scale_ub=scheme.get("activation_scale_ub", _FBGEMM_BOUND) if method == "fbgemm_fp8" else None,
     notes=tuple(_differing_lists(lists)),
   )
 

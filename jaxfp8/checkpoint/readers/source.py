@@ -34,7 +34,6 @@ class Source(abc.ABC):
   path: pathlib.Path
   config: LlamaConfig
   dialect: str = "plain"  # the float8 dialect, for messages
-  activation_scale_ub: float | None = None  # FBGEMM: the largest absolute value that a token's activation scale covers
   notes: tuple[str, ...] = ()  # sentences about disagreements of config and tensors
 
   @abc.abstractmethod
