@@ -1,13 +1,20 @@
-"""Running `python -m jaxfp8.generate` in tests, in this process or its own, and tiny checkpoints whose answers are known."""
+"""Running `python -m jaxfp8.generate` in tests, in this process or its own, and tiny checkpoints whose answers are known.
 
+Commands run in a folder of their own, whose name has a space, and get relative paths: what a user types.
+"""
+
+import atexit
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,13 +40,32 @@ class Ran:
   err: str
 
 
+@functools.cache
+def elsewhere() -> pathlib.Path:
+  """The working directory of commands: empty, far from the checkout, and gone with this process."""
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxfp8 elsewhere "))
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
+
+
+def relative(argument: object) -> str:
+  """An argument of a command whose absolute path, if it is one, is written from `elsewhere()`."""
+  flag, equals, value = str(argument).rpartition("=")
+  path = pathlib.PurePath(value)
+  temporary = pathlib.PurePath(tempfile.gettempdir())
+  if not path.is_absolute() or not path.is_relative_to(temporary) or path == temporary:
+    return str(argument)
+  return f"{flag}{equals}{os.path.relpath(path, elsewhere())}"
+
+
 def run_here(monkeypatch, capsys, *args: str, stdin: bytes = b"") -> Ran:
   """`generate` with these arguments, in this process."""
   flags = generate.FLAGS
   for name in flags:
     flags[name].unparse()
   flags.unparse_flags()
-  monkeypatch.setattr(sys, "argv", ["generate", *map(str, args)])
+  monkeypatch.chdir(elsewhere())
+  monkeypatch.setattr(sys, "argv", ["generate", *map(relative, args)])
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
   capsys.readouterr()
   try:
@@ -57,14 +83,16 @@ def start(
 
   terminal: the device that it runs at, as its controlling terminal.
   """
-  variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (env or {})
-  command = [sys.executable, *(["-c", script] if script else ["-m", "jaxfp8.generate"]), *map(str, args)]
+  variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  variables |= {"PYTHONPATH": str(ROOT)} | (env or {})
+  arguments = map(str, args) if script else map(relative, args)
+  command = [sys.executable, *(["-c", script] if script else ["-m", "jaxfp8.generate"]), *arguments]
   options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
   if terminal:  # the first one that the leader of a session opens becomes the controlling one
     command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
     options |= {"stdout": None, "stderr": None, "start_new_session": True}
   with _default_interrupt():
-    return subprocess.Popen(command, cwd=ROOT, env=variables, **(options | popen))
+    return subprocess.Popen(command, cwd=elsewhere(), env=variables, **(options | popen))
 
 
 @contextlib.contextmanager
