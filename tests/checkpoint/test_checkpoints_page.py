@@ -10,7 +10,7 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text
 
 
 def test_the_gguf_types_of_the_page_are_those_of_the_code():
-  (row,) = [line for line in PAGE.splitlines() if line.startswith("| GGUF")]
+  (row,) = [line for line in PAGE.splitlines() if line.startswith("| GGUF, ")]
   assert row.split("|")[2].strip().split(", ") == [kind.name for kind in (*gguf_file.NATIVE, *gguf_file.QUANTIZED)]
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import jaxfp8
-from jaxfp8.checkpoint import convert, export, readers
+from jaxfp8.checkpoint import convert, export, manifest, readers
 from jaxfp8.checkpoint.manifest import WRITING
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import QuantizedSource
@@ -499,6 +499,7 @@ def _wide(layers: int) -> LlamaConfig:
 def test_a_newer_format_is_refused(converted, tmp_path):
   folder = shutil.copytree(converted[0], tmp_path / "copy")
   data = json.loads((folder / "jaxfp8.json").read_text())
-  (folder / "jaxfp8.json").write_text(json.dumps({**data, "format_version": 99}))
+  data["format_version"] = 99
+  (folder / "jaxfp8.json").write_text(json.dumps({**data, "sha256": manifest.digest_of(data)}))
   ran = tool("inspect_checkpoint", folder)
   assert ran.code == 1 and "format version 99" in ran.err and len(_said(ran)) == 1

@@ -99,7 +99,7 @@ def scratch(tmp_path_factory):
     scratch / "float8",
     config,
     shape=lambda shape, scale: scale.reshape(-1, 1),
-    scheme=dialect_files.compressed_tensors("channel", {"dynamic": False, "strategy": "tensor"}),
+    scheme=dialect_files.compressed_tensors("channel", {"dynamic": False, "strategy": "tensor"}) | {"quant_method": "modelopt"},
     quant_file={"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
     extra=lambda names: {
       **{name.replace("weight_scale", "input_scale"): np.float32([0.5]) for name in names if "weight_scale" in name},

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import gguf
 import numpy as np
 
 SECONDS = 20  # a case takes milliseconds; on a busy machine the clock must not be what fails
@@ -115,8 +116,32 @@ def mutate_safetensors(folder: pathlib.Path, rng: np.random.Generator) -> None:
     path.write_bytes(mutate_bytes(data, rng))
     return
   size = struct.unpack("<Q", data[:8])[0]
-  header = json.dumps(mutate_value(json.loads(data[8 : 8 + size]), rng)).encode()
-  path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+  header = json.loads(data[8 : 8 + size])
+  text = mutate_places(header, rng) if rng.random() < 0.4 else json.dumps(mutate_value(header, rng))
+  path.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + data[8 + size :])
+
+
+def mutate_places(header: dict, rng: np.random.Generator) -> str:
+  """A safetensors header with tensors that overlap, begin at an odd byte, stand under a prefix, or are named twice."""
+  names = [name for name in header if name != "__metadata__"]
+  first, second = (names[i] for i in rng.permutation(len(names))[:2])
+  how = rng.integers(4)
+  if how == 0:
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+  elif how == 1:
+    header[first]["data_offsets"] = [offset + 1 for offset in header[first]["data_offsets"]]
+  elif how == 2:
+    prefix = ("module.", "_orig_mod.", "base_model.model.", "model.")[rng.integers(4)]
+    moved = names if rng.random() < 0.5 else [first]
+    return json.dumps({prefix + name if name in moved else name: entry for name, entry in header.items()})
+  else:
+    return said_twice(json.dumps(header), first, header[second])
+  return json.dumps(header)
+
+
+def said_twice(text: str, key: str, value) -> str:
+  """A JSON object with a second entry of the same key."""
+  return f"{text[:-1]}, {json.dumps(key)}: {json.dumps(value)}}}"
 
 
 def mutate_index(folder: pathlib.Path, rng: np.random.Generator) -> None:
@@ -135,6 +160,15 @@ def mutate_index(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 
 def mutate_config(folder: pathlib.Path, rng: np.random.Generator) -> None:
+  path = folder / "config.json"
+  if rng.random() < 0.15:  # two spellings that may contradict each other, and keys that are there twice
+    config = json.loads(path.read_text())
+    ropes = ({"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 2.0}, None, {})
+    config["rope_parameters"], config["rope_scaling"] = (ropes[i] for i in rng.integers(len(ropes), size=2))
+    names = list(config)
+    text = json.dumps(config)
+    path.write_text(said_twice(text, names[rng.integers(len(names))], 7) if rng.random() < 0.5 else text)
+    return
   mutate_json(folder / ("config.json" if rng.random() < 0.9 else "generation_config.json"), rng)
 
 
@@ -144,7 +178,21 @@ def mutate_tokenizer(folder: pathlib.Path, rng: np.random.Generator) -> None:
 
 def mutate_gguf(folder: pathlib.Path, rng: np.random.Generator) -> None:
   path = folder / "m.gguf"
-  path.write_bytes(mutate_bytes(path.read_bytes(), rng))
+  data = path.read_bytes()
+  if rng.random() < 0.2:  # a tensor where another lies, or at an odd byte; or a file that says it is a part
+    tensors = gguf.GGUFReader(path).tensors
+    offsets = [int(tensor.field.parts[-1][0]) for tensor in tensors]
+    one, other = rng.integers(len(offsets), size=2)
+    entry = tensors[one].name.encode()
+    place = data.index(struct.pack("<Q", len(entry)) + entry) + 8 + len(entry) + 4 + 8 * len(tensors[one].shape) + 4
+    assert struct.unpack_from("<Q", data, place)[0] == offsets[one]
+    wrong = offsets[other] if rng.random() < 0.5 else offsets[one] + int(rng.integers(1, 64))
+    path.write_bytes(data[:place] + struct.pack("<Q", wrong) + data[place + 8 :])
+    return
+  if rng.random() < 0.05:
+    path.rename(folder / "m-00001-of-00002.gguf")
+    return
+  path.write_bytes(mutate_bytes(data, rng))
 
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I64", "F64", "BOOL", "F4", "X")

@@ -61,7 +61,7 @@ class FolderTokenizer:
     """
     texts = (_special_token(fields, "eos_token", self.folder / name) for name, fields in self._named.items())
     ids = _ids(self._document[1])
-    return tuple(dict.fromkeys(ids[text] for text in texts if text in ids))
+    return tuple(dict.fromkeys(ids[text] for text in texts if isinstance(ids.get(text), int)))
 
   @functools.cached_property
   def _document(self) -> tuple[str, dict[str, Any]]:
@@ -141,9 +141,9 @@ def _ids(document: Mapping[str, Any]) -> dict[str, int]:
 def _with_special(document: dict[str, Any], texts: Iterable[str]) -> dict[str, Any]:
   """The document with these texts among its special tokens, if its vocabulary has them."""
   added = as_list(document.get("added_tokens"))
-  known, ids = {token.get("content") for token in added if isinstance(token, Mapping)}, _ids(document)
+  known, ids = [token.get("content") for token in added if isinstance(token, Mapping)], _ids(document)
   flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-  more = [text for text in dict.fromkeys(texts) if text in ids and text not in known]
+  more = [text for text in dict.fromkeys(texts) if isinstance(ids.get(text), int) and text not in known]
   tokens = [{"id": ids[text], "content": text, "special": True, **flags} for text in more]
   return {**document, "added_tokens": [*added, *tokens]} if more else document
 
