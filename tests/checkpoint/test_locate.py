@@ -72,7 +72,7 @@ FOLDERS = {
   "folders": (_named(b__config_dot_json="{}", a__m_dot_gguf=b"GGUF", c__readme="x"), "its folders a, b look like checkpoints"),
   "hub": (_named(**{"models--o--m__refs__main": "x"}), "its folders models--o--m look like checkpoints"),
   "text": (_named(readme="x"), "neither config.json nor a .gguf file. Pass a Hugging Face folder or a GGUF file"),
-  "config alone": (_named(config_dot_json="{}"), "config: config.json lacks"),
+  "config alone": (_named(config_dot_json="{}"), "holds no safetensors file of a model"),
 }
 
 

@@ -75,6 +75,8 @@ def test_files_are_read_once(source, tmp_path):
   (folder,) = (tmp_path / "cache" / "checkpoints").iterdir()
   ours = {str(folder / "jaxfp8.json"): 1, str(folder / "tokenizer.json"): 1}
   theirs = str(source / "tokenizer.json")
+  written = [counts["first"].pop(path) for path in list(counts["first"]) if ".writing-" in path]
+  assert written == [1]  # the conversion reads what it wrote, for its digest
   assert counts["first"] == {**ours, theirs: 2}  # once for the digest of its content, once to be parsed
   assert counts["cached"] == counts["own"] == counts["load"] == counts["tokenizer"] == ours
   assert counts["load a source"] == counts["no cache"] == {theirs: 1}

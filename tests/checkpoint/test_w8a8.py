@@ -79,11 +79,14 @@ class TestFbgemmsBound:
       ({"quant_method": "fbgemm_fp8"}, 1200.0),
       ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200}, 1200),
       ({"quant_method": "fbgemm_fp8", "activation_scale_ub": None}, None),
-      ({"quant_method": "fp8", "activation_scheme": "dynamic", "activation_scale_ub": 2.0}, None),
     ],
   )
   def test_the_config_says_it(self, folder, scheme, bound):
     assert self._config(folder, scheme).activation_scale_ub == bound
+
+  def test_a_bound_of_another_dialect_is_refused_by_name(self, folder):
+    with pytest.raises(InputError, match="activation_scale_ub"):
+      self._config(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "activation_scale_ub": 2.0})
 
   @pytest.mark.parametrize("bound", [0, -1.0, "1200", float("nan"), True])
   def test_no_bound_is_refused_by_name(self, folder, bound):
