@@ -204,6 +204,8 @@ PREFIXES = {
   "language_model": lambda name: f"language_model.{name}",
   "model.language_model": lambda name: name.replace("model.", "model.language_model.", 1),
   "LlamaModel": lambda name: name.removeprefix("model."),
+  "any other": lambda name: f"policy.llm.{name}",
+  "LlamaModel in another": lambda name: f"llm.{name.removeprefix('model.')}",
   "compiled layers": lambda name: name.replace("layers.0.", "layers.0._orig_mod._checkpoint_wrapped_module."),
 }
 
@@ -217,6 +219,24 @@ def test_tensors_of_a_wrapped_model_are_read_with_a_note(folder, what):
   assert len(source.notes) == 1 and "read under the names of a LlamaForCausalLM, such as " in source.notes[0]
   for name, weight in true.items():
     np.testing.assert_array_equal(source.read(name), weight)
+
+
+def test_a_llama_beside_tensors_of_another_module_is_named(folder):
+  tensors = _rename(folder, lambda name: f"policy.{name}")
+  save_file({**tensors, "value_head.weight": np.ones(3, np.float32)}, folder / "model.safetensors")
+  assert "must hold model.embed_tokens.weight; got policy.model.embed_tokens.weight" in _refused(folder)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "it is empty"), ("<!DOCTYPE html><html>", "it is a web page")])
+def test_what_stands_in_the_place_of_json_is_named(folder, text, reason):
+  (folder / "config.json").write_text(text)
+  assert f"config.json is not valid JSON: {reason}" in _refused(folder)
+
+
+def test_a_header_that_is_cut_is_no_pickle(folder):
+  header = b'{"' + b"x" * 1150
+  (folder / "model.safetensors").write_bytes((1152).to_bytes(8, "little") + header[:92])  # the length begins like a pickle
+  assert "pickle" not in _refused(folder)
 
 
 def test_two_spellings_of_the_names_are_refused(folder):

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -166,3 +167,20 @@ def test_a_folder_with_another_form_of_tokenizer_says_how_to_make_tokenizer_json
   (folder / name).write_bytes(b"")
   with pytest.raises(InputError, match=rf"has {name}, which is not read, .* AutoTokenizer\.from_pretrained\('{folder}'\)"):
     FolderTokenizer(folder).files  # noqa: B018
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"merges": None}, "a 'gpt2' vocabulary needs tokenizer.ggml.merges; m.gguf lacks it"),
+    ({"merges": ["a b"]}, "tokenizer.ggml.merges in m.gguf must join two tokens to a third; got 'a b'"),
+    ({"token_type": [1]}, "tokenizer.ggml.token_type in m.gguf must have an entry for each of 2 tokens; got 1"),
+    ({"model": "llama", "scores": [0.0]}, "tokenizer.ggml.scores in m.gguf must have an entry for each of 2 tokens; got 1"),
+    ({"model": "llama"}, "a 'llama' vocabulary needs tokenizer.ggml.scores; m.gguf lacks it"),
+  ],
+)
+def test_a_broken_vocabulary_is_named_by_its_key(change, says):
+  keys = {"model": "gpt2", "tokens": ["a", "b"], "merges": [], **change}
+  metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+  with pytest.raises(InputError, match=re.escape(says)):
+    tokenizer_files(metadata, pathlib.Path("m.gguf"))

@@ -63,7 +63,8 @@ def describe(path: pathlib.Path) -> FileKind:
     return _UNFINISHED
   if not head:
     return _EMPTY
-  if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:  # first, since any bytes may be that length
+  is_cut = head[8:10] == b'{"' and head[6:8] == bytes(2)  # the file ends within the header
+  if is_cut or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size):  # first: any bytes may be that length
     return _SAFETENSORS
   for beginning, kind in _BEGINNINGS.items():
     if head.startswith(beginning):

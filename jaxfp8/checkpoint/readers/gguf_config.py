@@ -64,7 +64,8 @@ def config_from_gguf(
       compute.
   """
   check_fields(metadata, _KINDS, where)
-  architecture = metadata.get("general.architecture")
+  require(metadata, ("general.architecture",), where, _WAY_OUT)
+  architecture = metadata["general.architecture"]
   if architecture != "llama":
     raise refuse_architecture("general.architecture", architecture, where)
   if metadata.get("general.type") not in (None, "model"):

@@ -70,7 +70,9 @@ class GgufSource(Source):
       self.notes += (f"{some_of(unused)} is not used, since the frequencies of RoPE follow from the metadata",)
     self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
     self._files = [header.path for header in headers]
-    check_tensors(path, self.config, self._shapes, {name: self.dtype(name) for name in self._tensors})
+    dtypes = {name: self.dtype(name) for name in self._tensors}
+    way_out = "The file's metadata and tensors contradict each other: fetch it again, or convert the model again."
+    check_tensors(path, self.config, self._shapes, dtypes, way_out=way_out)
 
   def names(self) -> tuple[str, ...]:
     return tuple(expected_tensors(self.config))

@@ -30,10 +30,11 @@ def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> Tokenize
     raise InputError(f"readers: text needs a tokenizer, and {path} holds none. Convert the model with its tokenizer.")
   if model not in _MODELS:
     raise _unknown("model", model, _MODELS)
+  _check_lists(metadata, path)
   try:
     tokens = metadata["tokenizer.ggml.tokens"]
     special = {name: tokens[i] for name, i in _special_ids(metadata).items()}
-    document = _byte_level(metadata) if model == "gpt2" else _sentence_piece(metadata)
+    document = _byte_level(metadata, path) if model == "gpt2" else _sentence_piece(metadata)
     document["post_processor"] = _post_processor(metadata, special)
   except (KeyError, IndexError, TypeError, ValueError) as error:
     if isinstance(error, InputError):
@@ -82,7 +83,38 @@ def _post_processor(metadata: Mapping[str, Any], special: Mapping[str, str]) -> 
   }
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _check_lists(metadata: Mapping[str, Any], path: pathlib.Path) -> None:
+  """Raises InputError unless the lists that the vocabulary needs are there, with an entry for each token."""
+  needed = "merges" if metadata["tokenizer.ggml.model"] == "gpt2" else "scores"
+  if metadata.get(f"tokenizer.ggml.{needed}") is None:
+    raise InputError(
+      f"readers: a {metadata['tokenizer.ggml.model']!r} vocabulary needs tokenizer.ggml.{needed}; {path} lacks it. "
+      "Convert the model again with a current llama.cpp."
+    )
+  count = len(metadata["tokenizer.ggml.tokens"])
+  for name in ("scores", "token_type"):
+    entries = metadata.get(f"tokenizer.ggml.{name}")
+    if entries is not None and len(entries) < count:
+      raise InputError(
+        f"readers: tokenizer.ggml.{name} in {path} must have an entry for each of {count} tokens; got {len(entries)}. "
+        "Convert the model again with a current llama.cpp."
+      )
+
+
+def _merges(metadata: Mapping[str, Any], path: pathlib.Path) -> list[list[str]]:
+  """The pairs of tokens that are merged, in order. Raises InputError for one that does not give a token."""
+  tokens = set(metadata["tokenizer.ggml.tokens"])
+  merges = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
+  for merge in merges:
+    if len(merge) != 2 or "".join(merge) not in tokens or merge[0] not in tokens or merge[1] not in tokens:
+      raise InputError(
+        f"readers: tokenizer.ggml.merges in {path} must join two tokens to a third; got {' '.join(merge)!r}. "
+        "Convert the model again with a current llama.cpp."
+      )
+  return merges
+
+
+def _byte_level(metadata: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
   """GPT-2's BPE over bytes written as letters."""
   pre = metadata.get("tokenizer.ggml.pre") or "default"
   if pre not in CUTS:
@@ -99,7 +131,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> dict[str, Any]:
     "byte_fallback": False,
     "ignore_merges": pre in IGNORE_MERGES,
     "vocab": _vocab(metadata["tokenizer.ggml.tokens"]),
-    "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+    "merges": _merges(metadata, path),
   }
   document = _document(metadata, model, decoder=byte_level)
   document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*cuts, byte_level]}

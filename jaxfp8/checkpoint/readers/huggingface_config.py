@@ -40,7 +40,7 @@ _KINDS = {
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Mistral's layers are Llama's but for the sliding window; LLaMAForCausalLM is the name before transformers 4.28.
-_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
+_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "MistralForCausalLM")
 _FBGEMM_BOUND = 1200.0
 _DEFAULTS = {
   "llama": {"max_position_embeddings": 2048},

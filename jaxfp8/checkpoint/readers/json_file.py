@@ -26,7 +26,8 @@ def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   try:
     value = json.loads(text, object_pairs_hook=unique)
   except (ValueError, RecursionError) as error:
-    raise InputError(f"readers: {path} is not valid JSON: {error}. Fetch the file again.") from error
+    reason = "it is empty" if not text.strip() else "it is a web page" if text.lstrip().startswith("<") else str(error)
+    raise InputError(f"readers: {path} is not valid JSON: {reason}. Fetch the file again.") from error
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
   return value

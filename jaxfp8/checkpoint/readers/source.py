@@ -115,17 +115,19 @@ def check_tensors(
   shapes: Mapping[str, tuple[int, ...]],
   dtypes: Mapping[str, np.dtype | str],
   quantized: Collection[str] = (),
+  *,
+  way_out: str = "Use the config that belongs to these weights.",
 ) -> None:
   """Raises InputError unless `shapes` are exactly the tensors of `config`, in dtypes that jaxfp8 reads.
 
   A head beside tied embeddings is allowed and ignored.
 
   dtypes: by tensor; the file's own name for a dtype that is not one of `DTYPES`. quantized: weights that may be float8.
+  way_out: where config and tensors contradict each other.
   """
   if config.num_layers > len(shapes):  # before a list as long as num_layers is made: a damaged config may say a billion
     raise InputError(
-      f"readers: the config says num_layers={config.num_layers}, and {path} holds {len(shapes)} tensors. "
-      "Use the config that belongs to these weights."
+      f"readers: the config says num_layers={config.num_layers}, and {path} holds {len(shapes)} tensors. {way_out}"
     )
   expected = expected_tensors(config)
   missing = [name for name in expected if name not in shapes]
@@ -135,6 +137,12 @@ def check_tensors(
       "Set tie_word_embeddings in config.json, or fetch the missing shard."
     )
   if missing:
+    prefixed = next((name for name in shapes if name.endswith(f".{missing[0]}")), None)
+    if prefixed:
+      raise InputError(
+        f"readers: {path} must hold {missing[0]}; got {prefixed}, and tensors without that prefix. "
+        "Save the Llama alone again (save_pretrained of the inner model)."
+      )
     raise InputError(f"readers: {path} must hold {some_of(missing)}; absent. Fetch the whole checkpoint again.")
   unknown = [name for name in shapes if name not in expected and name != HEAD]
   if unknown:
@@ -145,8 +153,7 @@ def check_tensors(
   for name, shape in expected.items():
     if tuple(shapes[name]) != shape:
       raise InputError(
-        f"readers: {name} in {path} must have shape {list(shape)} by the config; got {list(shapes[name])}. "
-        "Use the config that belongs to these weights."
+        f"readers: {name} in {path} must have shape {list(shape)} by the config; got {list(shapes[name])}. {way_out}"
       )
     if dtypes[name] not in DTYPES and name not in quantized:
       raise InputError(

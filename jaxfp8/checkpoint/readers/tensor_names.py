@@ -6,6 +6,7 @@
 Also knows the tensors that cannot change a result, and the names that betray another format.
 """
 
+import itertools
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -58,6 +59,7 @@ def plain_names[T](tensors: Mapping[str, T], folder: pathlib.Path) -> tuple[dict
   Raises InputError for two spellings of the names in one folder, and for names of another format.
   """
   _refuse_foreign(tensors, folder)
+  common = _common_prefix([name for name in tensors if not name.endswith(UNUSED)])
   plain: dict[str, T] = {}
   origin: dict[str, str] = {}
   prefixes: dict[tuple[bool, str], str] = {}
@@ -66,7 +68,7 @@ def plain_names[T](tensors: Mapping[str, T], folder: pathlib.Path) -> tuple[dict
     if name.endswith(UNUSED):
       unused.append(name)
       continue
-    short = _WRAPPER.sub("", name)
+    short = _WRAPPER.sub("", name.removeprefix(common))
     match = _NAME.fullmatch(short)
     is_head = match is not None and match["rest"].startswith("lm_head.")
     if match is not None:
@@ -87,6 +89,16 @@ def plain_names[T](tensors: Mapping[str, T], folder: pathlib.Path) -> tuple[dict
   if unused:
     notes.append(f"{some_of(unused)}: not used, since the config says the same")
   return plain, tuple(notes)
+
+
+def _common_prefix(names: Collection[str]) -> str:
+  """Any other prefix, such as `llm.`, if every tensor has it and none has a name of a Llama with it."""
+  if not names or any(_NAME.fullmatch(_WRAPPER.sub("", name)) for name in names):
+    return ""
+  first, last = (name.split(".")[:-1] for name in (min(names), max(names)))
+  common = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+  inside = next((i for i, part in enumerate(common) if part in ("embed_tokens", "layers", "norm", "lm_head")), len(common))
+  return "".join(f"{part}." for part in common[:inside])
 
 
 def is_unused(name: str) -> bool:
