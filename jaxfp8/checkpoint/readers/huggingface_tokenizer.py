@@ -61,7 +61,7 @@ class FolderTokenizer:
     """
     texts = (_special_token(fields, "eos_token", self.folder / name) for name, fields in self._named.items())
     ids = _ids(self._document[1])
-    return tuple(dict.fromkeys(ids[text] for text in texts if isinstance(ids.get(text), int)))
+    return tuple(dict.fromkeys(ids[text] for text in texts if text is not None and isinstance(ids.get(text), int)))
 
   @functools.cached_property
   def _document(self) -> tuple[str, dict[str, Any]]:
