@@ -153,6 +153,9 @@ def test_a_prompt_from_a_pipe(tmp_path):
 def test_flags_with_a_path_know_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
   flags = generate.FLAGS
+  for name in flags:  # as tests before this one may have left them
+    flags[name].unparse()
+  flags.unparse_flags()
   try:
     generate.COMMAND.parse(["--checkpoint=~/m", "--cache_dir=~/c", "--prompt_file=~/p", "--prompt=~/stays"])
     values = flags.checkpoint, flags.cache_dir, flags.prompt_file, flags.prompt
