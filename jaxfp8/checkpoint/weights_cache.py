@@ -33,6 +33,7 @@ from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Precision, Recipe
 
+READING = 2  # raised whenever the readers take other numbers, tokens or formats from the same files
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
 _STALE_SECONDS = 3600  # since a half-written checkpoint grew for the last time
 
@@ -89,7 +90,8 @@ def cached_checkpoint(
 
 def folder_name(source_path: pathlib.Path, digest: str, recipe: Recipe) -> str:
   """The name of the folder with a source whose content has this digest, converted to `recipe`'s weights."""
-  key = hashlib.sha256(f"{digest} {recipe.weights} {recipe.granularity} {recipe.stream} {FORMAT_VERSION}".encode()).hexdigest()
+  facts = f"{digest} {recipe.weights} {recipe.granularity} {recipe.stream} {FORMAT_VERSION}.{READING}"
+  key = hashlib.sha256(facts.encode()).hexdigest()
   name = re.sub(r"[^A-Za-z0-9._]+", "-", source_path.resolve().stem)
   kind = recipe.weights if recipe.weights != Precision.FP8 else f"fp8-{recipe.granularity}"
   return f"{name}-{kind}-{key[:16]}"
