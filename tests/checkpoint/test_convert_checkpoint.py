@@ -52,9 +52,7 @@ def source(tmp_path):
 def tool(name, *args) -> commands.Ran:
   """A tool in this process, as its command line would run it."""
   module = importlib.import_module(f"jaxfp8.commands.{name.partition('_')[0]}")
-  for flag in module.FLAGS:
-    module.FLAGS[flag].unparse()
-  module.FLAGS.unparse_flags()
+  commands.forget_flags(module.FLAGS)
   out, err, before = io.StringIO(), io.StringIO(), sys.argv
   sys.argv = [name, *map(str, args)]
   try:

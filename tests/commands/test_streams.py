@@ -10,6 +10,7 @@ import pytest
 
 from jaxfp8.commands import command, generate, platforms, prompt_files, streams
 from jaxfp8.errors import InputError
+from tests.helpers import commands
 
 PLAN = ("plan", "llama-3.1-8b", "h100")
 _NO_SPACE = r"stdout: the answer cannot be written: No space left on device\."
@@ -153,17 +154,13 @@ def test_a_prompt_from_a_pipe(tmp_path):
 def test_flags_with_a_path_know_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
   flags = generate.FLAGS
-  for name in flags:  # as tests before this one may have left them
-    flags[name].unparse()
-  flags.unparse_flags()
+  commands.forget_flags(flags)  # which tests before this one may have left parsed
   try:
     generate.COMMAND.parse(["--checkpoint=~/m", "--cache_dir=~/c", "--prompt_file=~/p", "--prompt=~/stays"])
     values = flags.checkpoint, flags.cache_dir, flags.prompt_file, flags.prompt
     assert values == (f"{tmp_path}/m", f"{tmp_path}/c", [f"{tmp_path}/p"], ["~/stays"])
   finally:
-    for name in flags:
-      flags[name].unparse()
-    flags.unparse_flags()
+    commands.forget_flags(flags)
 
 
 def test_no_home_folder_is_no_cache(monkeypatch, capsys):

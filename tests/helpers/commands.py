@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -58,12 +59,16 @@ def relative(argument: object) -> str:
   return f"{flag}{equals}{os.path.relpath(path, elsewhere())}"
 
 
+def forget_flags(values: flags.FlagValues) -> None:
+  """Every flag as if no command line had been parsed."""
+  for name in values:
+    values[name].unparse()
+  values.unparse_flags()
+
+
 def run_here(monkeypatch, capsys, *args: str, stdin: bytes = b"") -> Ran:
   """`generate` with these arguments, in this process."""
-  flags = generate.FLAGS
-  for name in flags:
-    flags[name].unparse()
-  flags.unparse_flags()
+  forget_flags(generate.FLAGS)
   monkeypatch.chdir(elsewhere())
   monkeypatch.setattr(sys, "argv", ["generate", *map(relative, args)])
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))

@@ -17,7 +17,7 @@ from jaxfp8.model import fp8
 from jaxfp8.quantization import calibration, observers, quality, quality_gate, rounding
 from jaxfp8.recipe import Recipe
 from jaxfp8.sharding import make_mesh
-from tests.helpers import numpy_llama, tiny_models
+from tests.helpers import commands, numpy_llama, tiny_models
 from tests.helpers.numpy_recipes import divergence
 
 CASE = "gqa_9_3_untied"
@@ -315,9 +315,7 @@ class TestCommand:
 
   @staticmethod
   def run(monkeypatch, capsys, *args):
-    for flag in tool.FLAGS:
-      tool.FLAGS[flag].unparse()
-    tool.FLAGS.unparse_flags()
+    commands.forget_flags(tool.FLAGS)
     monkeypatch.setattr("sys.argv", ["calibrate", *args])
     with pytest.raises(SystemExit) as end:
       command.run(tool.COMMAND)

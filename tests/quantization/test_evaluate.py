@@ -12,7 +12,7 @@ from jaxfp8.commands import command, evaluate
 from jaxfp8.errors import InputError
 from jaxfp8.quantization import quality
 from jaxfp8.recipe import LayerFormat, Recipe
-from tests.helpers import numpy_llama, numpy_recipes, tiny_llamas, tiny_models
+from tests.helpers import commands, numpy_llama, numpy_recipes, tiny_llamas, tiny_models
 from tests.helpers.numpy_recipes import divergence, log_softmax
 
 CASE = "gqa_9_3_untied"
@@ -141,9 +141,7 @@ class TestCommand:
   @pytest.fixture
   def run(self, monkeypatch, capsys, folder):
     def run(*args: str):
-      for flag in evaluate.FLAGS:
-        evaluate.FLAGS[flag].unparse()
-      evaluate.FLAGS.unparse_flags()
+      commands.forget_flags(evaluate.FLAGS)
       sizes = (f"--checkpoint={folder}", "--tokens=96", "--context=32", "--layer_tokens=64", "--cache_dir=")
       monkeypatch.setattr("sys.argv", ["evaluate", *sizes, *args])
       with pytest.raises(SystemExit) as end:

@@ -133,7 +133,7 @@ def _byte_level(metadata: Mapping[str, Any], path: pathlib.Path) -> dict[str, An
     "vocab": _vocab(metadata["tokenizer.ggml.tokens"]),
     "merges": _merges(metadata, path),
   }
-  document = _document(metadata, model, decoder=byte_level)
+  document = _document(metadata, token_types(metadata), model, decoder=byte_level)
   document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*cuts, byte_level]}
   return document
 
@@ -161,7 +161,7 @@ def _sentence_piece(metadata: Mapping[str, Any]) -> dict[str, Any]:
   if prefix:
     spaces.insert(0, {"type": "Prepend", "prepend": "▁"})
     back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-  document = _document(metadata, model, decoder={"type": "Sequence", "decoders": back})
+  document = _document(metadata, types, model, decoder={"type": "Sequence", "decoders": back})
   document["normalizer"] = {"type": "Sequence", "normalizers": spaces}
   return document
 
@@ -188,7 +188,9 @@ def _vocab(tokens: Sequence[str]) -> dict[str, int]:
   return vocab
 
 
-def _document(metadata: Mapping[str, Any], model: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+def _document(
+  metadata: Mapping[str, Any], types: Sequence[int], model: dict[str, Any], decoder: dict[str, Any]
+) -> dict[str, Any]:
   """A tokenizer.json without its normalizer, its pre-tokenizer and its post-processor."""
   tokens = metadata["tokenizer.ggml.tokens"]
   strips = any(name in str(metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3"))
@@ -202,7 +204,7 @@ def _document(metadata: Mapping[str, Any], model: dict[str, Any], decoder: dict[
       "normalized": False,
       "special": kind != USER_DEFINED,
     }
-    for i, (token, kind) in enumerate(zip(tokens, token_types(metadata), strict=False))
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
     if kind in (CONTROL, USER_DEFINED, UNKNOWN)
   ]
   return {

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from jaxfp8.checkpoint.readers.file_kinds import describe
 from jaxfp8.checkpoint.readers.source import read_text
 from jaxfp8.errors import InputError
 
@@ -26,8 +27,9 @@ def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   try:
     value = json.loads(text, object_pairs_hook=unique)
   except (ValueError, RecursionError) as error:
-    reason = "it is empty" if not text.strip() else "it is a web page" if text.lstrip().startswith("<") else str(error)
-    raise InputError(f"readers: {path} is not valid JSON: {reason}. Fetch the file again.") from error
+    kind = describe(path)
+    reason = kind.sentence if kind.name in ("empty", "page") else f"{error}. Fetch the file again."
+    raise InputError(f"readers: {path} is not valid JSON: {reason}") from error
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
   return value
