@@ -215,4 +215,5 @@ def read_toml(path: pathlib.Path) -> dict[str, Any]:
     with open(path, "rb") as file:
       return tomllib.load(file)
   except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-    raise InputError(f"config: cannot read {path}: {error}. Pass a TOML file or a name from configs/.") from error
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    raise InputError(f"config: cannot read {path}: {reason}. Pass a TOML file or a name from configs/.") from error

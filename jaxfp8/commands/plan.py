@@ -10,12 +10,12 @@ the model does not fit or an argument is wrong.
 
 import functools
 import json
-import pathlib
 import sys
 
 from absl import flags
 from rich.console import Console
 
+from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
 from jaxfp8.checkpoint.readers import read_config
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
@@ -172,15 +172,10 @@ def _compiled_temporaries(plan: DeploymentPlan, device: str) -> int:
 def _read_model(name: str) -> tuple[LlamaConfig, Recipe | None, tuple[LayerFormat, ...] | None]:
   """The model's sizes; of a checkpoint of jaxfp8 also its recipe, which then stands in for flags that were not given, and the
   formats of its layers."""
-  manifest = pathlib.Path(name) / "jaxfp8.json"
-  if not manifest.is_file():
+  if not is_checkpoint(name):
     return read_config(name), None, None
-  try:
-    fields = json.loads(manifest.read_text(encoding="utf-8"))
-    formats = tuple(LayerFormat(**layer) for layer in fields["formats"])
-    return LlamaConfig.from_dict(fields["config"], str(manifest)), Recipe(**fields["recipe"]), formats
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f"plan: {manifest} does not describe a checkpoint of jaxfp8: {error}. Convert it again.") from error
+  manifest = read_manifest(name)
+  return manifest.config, manifest.recipe, manifest.formats
 
 
 def _given(flag: str) -> str | None:

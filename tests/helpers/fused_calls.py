@@ -29,26 +29,35 @@ def as_vector(*parts):
 
 
 def activations(result):
+  """What the linear that follows gets, and where there are scales of groups, these too."""
   if not isinstance(result, Quantized):
-    return wide(result)
+    return (wide(result),)
   scale = wide(result.scale)
-  scale = np.repeat(scale.T, 128, axis=1) if scale.ndim == 2 else scale.reshape(-1, 1)
-  return wide(result.values) * scale
+  if scale.ndim == 2:
+    return wide(result.values) * np.repeat(scale.T, 128, axis=1), scale.T
+  return (wide(result.values) * scale.reshape(-1, 1),)
+
+
+def group_scales(x, quantize, static, grouped):
+  """The scales that groups of `x` should have, where they have some."""
+  if not (quantize and grouped and static is None):
+    return ()
+  largest = np.abs(x.reshape(len(x), -1, 128)).max(axis=2)
+  return (np.where(largest > 0, largest / 448, 1),)
 
 
 def rounded(x, quantize, static, grouped=False):
-  """What the linear that follows gets, by numpy."""
+  """What the linear that follows gets, by numpy, in the form of `activations`."""
   x = x.astype(np.float32).astype(BF16)
-  if quantize and grouped:
-    groups = x.reshape(len(x), -1, 128)
-    q, scale = to_float8(groups.astype(np.float32))
-    return (wide(q) * scale[..., None]).reshape(x.shape)
   if not quantize:
-    return wide(x)
+    return (wide(x),)
   if static is not None:
-    return wide(np.clip(x.astype(np.float32) * np.float32(1 / static), -448, 448).astype(gpu_calls.FP8)) * static
+    return (wide(np.clip(x.astype(np.float32) * np.float32(1 / static), -448, 448).astype(gpu_calls.FP8)) * static,)
+  if grouped:
+    q, scale = to_float8(x.astype(np.float32).reshape(len(x), -1, 128))
+    return (wide(q) * scale[..., None]).reshape(x.shape), scale
   q, scale = to_float8(x.astype(np.float32))
-  return wide(q) * scale[:, None]
+  return (wide(q) * scale[:, None],)
 
 
 def make_sums(rng, S, T, F, token_scale, channel_scale=True):
@@ -95,8 +104,8 @@ class Norm(Call):
     static = None if self.static is None else np.float32(self.static)
     return (
       (x, y, weight, static),
-      as_vector(total, normed),
-      as_vector(total, rounded(normed, self.quantize, static, self.grouped)),
+      as_vector(total, normed, *group_scales(normed, self.quantize, static, self.grouped)),
+      as_vector(total, *rounded(normed, self.quantize, static, self.grouped)),
     )
 
   def call(self, kernels, arrays):
@@ -105,7 +114,7 @@ class Norm(Call):
     return kernels.residual_norm(*arrays, eps=0.5, **rounding, target=GPU)
 
   def vector(self, result):
-    return as_vector(result[0], activations(result[1]))
+    return as_vector(result[0], *activations(result[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +134,8 @@ class Silu(Call):
     gate, up = total[:, : self.F], total[:, self.F :]
     static = None if self.static is None else np.float32(self.static)
     hidden = gate / (1 + np.exp(-gate)) * up
-    return (sums, static), as_vector(hidden), as_vector(rounded(hidden, self.quantize, static, self.grouped))
+    rounding = self.quantize, static, self.grouped
+    return (sums, static), as_vector(hidden, *group_scales(hidden, *rounding)), as_vector(*rounded(hidden, *rounding))
 
   def call(self, kernels, arrays):
     sums, static = arrays
@@ -133,7 +143,7 @@ class Silu(Call):
     return kernels.silu_multiply(sums, **rounding, dtype=jnp.bfloat16, target=GPU)
 
   def vector(self, result):
-    return as_vector(activations(result))
+    return as_vector(*activations(result))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +241,8 @@ class Joined(Call):
     out[:, -1] *= 1 if self.K == 1 else 3  # the largest value is not the first head's
     truth = truth.reshape(2, -1)
     static = None if self.static is None else np.float32(self.static)
-    return (out, sums, static), as_vector(truth), as_vector(rounded(truth, self.quantize, static, self.grouped))
+    rounding = self.quantize, static, self.grouped
+    return (out, sums, static), as_vector(truth, *group_scales(truth, *rounding)), as_vector(*rounded(truth, *rounding))
 
   def call(self, kernels, arrays):
     *parts, static = arrays
@@ -239,4 +250,4 @@ class Joined(Call):
     return kernels.combine(*parts, self.G, dtype=jnp.bfloat16, **rounding)
 
   def vector(self, result):
-    return as_vector(activations(result))
+    return as_vector(*activations(result))

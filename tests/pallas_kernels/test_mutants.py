@@ -31,9 +31,9 @@ CALLS = {
     "": Joined(S=150, K=1, G=2),
   },
   gpu_mutants.rows: {
-    "group": Norm(1, 1024, grouped=True),
     "warpgroup": Norm(2, 512),
     "meetings": Norm(1, 512),
+    "group": Norm(1, 1024, grouped=True),
   },
   gpu_mutants.fused: {
     "residual": Norm(2, 512),

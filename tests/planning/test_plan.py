@@ -9,6 +9,7 @@ import sys
 import pytest
 from absl import flags
 
+from jaxfp8.checkpoint.manifest import Manifest
 from jaxfp8.commands import plan as command
 from jaxfp8.config import LlamaConfig, configs_folder
 from jaxfp8.errors import InputError
@@ -17,6 +18,7 @@ from jaxfp8.planning.devices import device_names, load_device
 from jaxfp8.planning.planner import plan_deployment
 from jaxfp8.planning.plots import plot_plan
 from jaxfp8.planning.report import shortfall_sentence
+from jaxfp8.recipe import LayerFormat, Recipe
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
 from tools import make_docs
 
@@ -299,13 +301,15 @@ def test_the_model_may_be_a_file(capsys, tmp_path):
 
 def test_a_checkpoint_brings_its_recipe(capsys, tmp_path):
   recipe = {"weights": "bf16", "granularity": "channel", "activations": "bf16", "kv": "bf16"}
-  fields = {"format_version": 1, "config": LlamaConfig.from_name("tiny").to_dict(), "recipe": recipe}
-  (tmp_path / "jaxfp8.json").write_text(json.dumps(fields))
+  config = LlamaConfig.from_name("tiny")
+  formats = (LayerFormat(*["bf16"] * 4),) * config.num_layers
+  manifest = Manifest(config, Recipe(**recipe), formats, tokenizer=None, provenance={})
+  (tmp_path / "jaxfp8.json").write_text(manifest.to_json())
   stored = _json(capsys, f"--model={tmp_path}", "--device=h100")["recipe"]
   assert stored == recipe
   assert _json(capsys, f"--model={tmp_path}", "--device=h100", "--weights=fp8")["recipe"]["weights"] == "fp8"
   (tmp_path / "jaxfp8.json").write_text('{"config": 3}')
-  with pytest.raises(InputError, match="does not describe a checkpoint"):
+  with pytest.raises(InputError, match="no whole checkpoint of jaxfp8"):
     _run(f"--model={tmp_path}", "--device=h100")
 
 
@@ -356,7 +360,7 @@ BAD = [
   (("--model=llama-3.1-70b",), "--device must name one device; got none.*gb10"),
   (("--model=llama-3.1-70b", "--device=gb10,h100"), "--device must name one device; got gb10,h100"),
   (("--model=llama-3.1-7b", "--device=gb10"), "no model named 'llama-3.1-7b'.*llama-3.1-70b"),
-  (("--model=absent.toml", "--device=gb10"), "cannot read absent.toml"),
+  (("--model=absent.toml", "--device=gb10"), r"cannot read \S*absent.toml"),
   (("--model=absent.gguf", "--device=gb10"), "absent.gguf"),
   (("--model=llama-3.1-70b", "--device=gb11"), "no device named 'gb11'.*gb10"),
   (("--model=llama-3.1-70b", "--device=mine.toml"), "cannot read mine.toml"),
