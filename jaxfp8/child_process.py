@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import make_visible
 
 _MAX_LAST_LINE = 300  # characters
 _INPUT_ERROR = "input_error"  # the key of an answer that is an InputError
@@ -132,6 +133,7 @@ def serve(function: Callable[[dict[str, Any]], Iterable[dict[str, Any]]]) -> Non
   signal.signal(signal.SIGINT, signal.default_int_handler)
   answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)  # output of libraries goes to stderr
+  sys.stderr = make_visible(sys.stderr)
 
   def write(answer: dict[str, Any]) -> None:
     answers.write(json.dumps(answer) + "\n")

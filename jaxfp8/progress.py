@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   DownloadColumn,
@@ -17,6 +16,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from jaxfp8.console import console
+from jaxfp8.terminal import make_visible, say
+
 
 class Progress:
   """A context manager around slow work. Nothing else may print to stderr meanwhile."""
@@ -24,8 +26,14 @@ class Progress:
   def __init__(self, silent: bool = False, rate: bool = False):
     """silent: show nothing. rate: also show GB/s and the time left, for stages that count bytes."""
     self._silent = silent
-    self._console = Console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    self._console = console(stderr=True)
+    columns = (
+      SpinnerColumn(),
+      TextColumn("{task.description}", markup=False),
+      BarColumn(),
+      DownloadColumn(),
+      TimeElapsedColumn(),
+    )
     if rate:
       columns = (*columns, TransferSpeedColumn(), TimeRemainingColumn())
     self._bar = Bar(*columns, console=self._console, transient=True) if self._console.is_terminal and not silent else None
@@ -33,6 +41,7 @@ class Progress:
   def __enter__(self) -> "Progress":
     if self._bar:
       self._bar.start()
+      sys.stderr = make_visible(sys.stderr)  # rich would obey what is printed above the bar; `stop` puts the old one back
     return self
 
   def __exit__(self, *error) -> None:
@@ -55,4 +64,4 @@ class Progress:
       if self._bar and task is not None:
         self._bar.remove_task(task)
     if not self._bar and not self._silent and (seconds := time.perf_counter() - start) > 0.5:
-      print(f"{title} took {seconds:.1f} s.", file=sys.stderr)
+      say(f"{title} took {seconds:.1f} s.")

@@ -10,8 +10,8 @@ say so in one sentence on stderr. Refuses to know what is in a file.
 import hashlib
 import os
 import pathlib
-import sys
 
+from jaxfp8 import terminal
 from jaxfp8.unfinished import write_atomically
 
 _NAME = b"sha256 "
@@ -67,7 +67,7 @@ def say_damaged(path: pathlib.Path, data: bytes, remedy: str) -> None:
 
 def say(sentence: str) -> None:
   """Prints a sentence about the cache on stderr."""
-  print(f"cache: {sentence}.", file=sys.stderr)
+  terminal.say(f"cache: {sentence}.")
 
 
 def warn_unwritable(folder: pathlib.Path, error: OSError) -> None:

@@ -9,7 +9,6 @@ since a smaller one would saturate. Refuses to know how scales are chosen (quant
 """
 
 import functools
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from jaxfp8.checkpoint.stored_arrays import MERGED_MATRICES, static_key
 from jaxfp8.errors import InputError
 from jaxfp8.model.llama import Llama
 from jaxfp8.recipe import LayerFormat
+from jaxfp8.terminal import say
 
 LINEARS = tuple(MERGED_MATRICES)
 KV = ("k_scale", "v_scale")
@@ -137,4 +137,4 @@ def _require_positive(rows: list[dict[str, np.ndarray]]) -> None:
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-  print(sentence, file=sys.stderr)
+  say(sentence)

@@ -18,7 +18,6 @@ import pathlib
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -32,6 +31,7 @@ from jaxfp8.checkpoint.readers import Source
 from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Precision, Recipe
+from jaxfp8.terminal import say
 
 READING = 2  # raised whenever the readers take other numbers, tokens or formats from the same files
 _SPOTS, _SPOT_BYTES = 64, 16 << 10
@@ -75,13 +75,13 @@ def cached_checkpoint(
       return None
     _remove_stale(folder)
     for note in source.notes:
-      print(f"readers: {source.path}: {note}.", file=sys.stderr)
+      say(f"readers: {source.path}: {note}.")
     if keep_granularity and (granularity := source_granularity(source)):
       recipe = dataclasses.replace(recipe, granularity=granularity)
     try:
       arrays = convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
       for note in arrays.notes[:3]:
-        print(f"convert: {note}.", file=sys.stderr)
+        say(f"convert: {note}.")
     except InputError:
       if not folder.exists():  # else another process converted the same meanwhile, on a disk that does not lock files
         raise

@@ -38,6 +38,7 @@ from jaxfp8.checkpoint.manifest import (
   orbax_context,
 )
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import say
 
 _PARTIAL = ".partial_save"  # Orbax's own ending
 _MERGED = ".merged"
@@ -225,7 +226,7 @@ class CheckpointWriter:
         if (reason := self._adopt(name, journal, work)) is None:
           self._journal = journal
           continue
-        print(f"convert: the unfinished {name} {reason}; it is removed, and the conversion begins again.", file=sys.stderr)
+        say(f"convert: the unfinished {name} {reason}; it is removed, and the conversion begins again.")
       remove(self.folder.parent, name)
       journal.close()
     while self._journal is None:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import one_line, say
 
 
 def encode_raw(tokenizer, text: str) -> list[int]:
@@ -11,9 +12,7 @@ def encode_raw(tokenizer, text: str) -> list[int]:
   ids = tokenizer.encode(text)
   if tokenizer.has_two_bos(ids):
     bos = tokenizer.token_text(tokenizer.bos_id)
-    print(
-      f"generate: the prompt begins with two BOS tokens: this model's tokenizer writes one. Leave out {bos!r}.", file=sys.stderr
-    )
+    say(f"generate: the prompt begins with two BOS tokens: this model's tokenizer writes one. Leave out {bos!r}.")
   return ids
 
 
@@ -75,7 +74,7 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
     if not line.strip():
       continue
     if not _is_text(line):
-      print(f"generate: a prompt must be UTF-8 text; got {line.strip()[:40]!a}. Convert it to UTF-8.", file=sys.stderr)
+      say(f"generate: a prompt must be UTF-8 text; got {line.strip()[:40]!a}. Convert it to UTF-8.")
       continue
     turn = [*history, {"role": "user", "content": line.strip()}]
     try:
@@ -83,7 +82,7 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
       requests = followers.share([Request(tuple(prompt), params)])
       (completion,) = answer(engine, requests or [], [line], show=True)
     except InputError as error:
-      print(f"{error} The conversation starts anew." if len(history) > len(system) else error, file=sys.stderr)
+      say(one_line(error) + (" The conversation starts anew." if len(history) > len(system) else ""))
       history = list(system)
       continue
     completions.append(completion)

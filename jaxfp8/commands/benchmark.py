@@ -9,7 +9,6 @@ its own. The start-up time is that of `jaxfp8 generate` to its first token with 
 (warm). Figures are medians over --repeats runs. The last line is one JSON list.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -23,10 +22,12 @@ from rich.table import Table
 from jaxfp8 import child_process
 from jaxfp8.commands import command, profiling
 from jaxfp8.commands.command import Command, Topic
+from jaxfp8.console import console
 from jaxfp8.errors import InputError
 from jaxfp8.planning.devices import measure_cpu
 from jaxfp8.plots import COLOURS, MARKERS, check_plot_path, new_figure, save_figure
 from jaxfp8.recipe import WEIGHT_PRECISIONS
+from jaxfp8.terminal import show_json
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
 
 FLAGS = flags.FlagValues()
@@ -54,7 +55,7 @@ def main() -> int:
   profiling.check_folder("benchmark", FLAGS.profile)
   if FLAGS.plot:
     check_plot_path(FLAGS.plot)
-  console = Console(stderr=FLAGS.json)
+  out = console(stderr=FLAGS.json)
   if FLAGS.cache_dir:  # where every process reads it; without, each measures for itself
     measure_cpu(FLAGS.cache_dir, again=True)
   rows = []
@@ -62,12 +63,12 @@ def main() -> int:
     rows += _measure(weights)
   start_up = [_start_up(weights) for weights in FLAGS.weights] if FLAGS.start_up else []
   if not FLAGS.json:
-    _print(console, rows, start_up)
+    _print(out, rows, start_up)
   if FLAGS.plot:
     _plot(rows, FLAGS.plot)
   for row in rows:
     row |= next((entry for entry in start_up if entry["weights"] == row["weights"]), {})
-  print(json.dumps(rows))
+  show_json(rows)
   return 0
 
 
@@ -126,7 +127,7 @@ def _first_token(weights: str, cache_dir: str) -> tuple[float, int]:
   return seconds, usage.ru_maxrss * 1024
 
 
-def _print(console: Console, rows: list[dict], start_up: list[dict]) -> None:
+def _print(out: Console, rows: list[dict], start_up: list[dict]) -> None:
   table = Table(title=f"{rows[0]['device']}, jax {rows[0]['jax_version']}; tokens/s of all sequences", title_justify="left")
   for name in ("weights", "batch", "prompt", "prefill", "decode", "ceiling", "bandwidth", "first token", "peak memory"):
     table.add_column(name, justify="left" if name == "weights" else "right")
@@ -140,9 +141,9 @@ def _print(console: Console, rows: list[dict], start_up: list[dict]) -> None:
       format_seconds(row["ttft_s"]),
       format_bytes(row["peak_rss_bytes"]),
     )
-  console.print(table)
+  out.print(table)
   for entry in start_up:
-    console.print(
+    out.print(
       f"{entry['weights']}: first token {format_seconds(entry['start_cold_s'])} after a cold start, "
       f"{format_seconds(entry['start_warm_s'])} after a warm one; peak memory {format_bytes(entry['generate_peak_rss_bytes'])}"
     )

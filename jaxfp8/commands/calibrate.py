@@ -11,18 +11,17 @@ object.
 """
 
 import dataclasses
-import json
 import pathlib
-import sys
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from jaxfp8.commands import command, evaluate
 from jaxfp8.commands.command import Command, Topic
+from jaxfp8.console import console
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, FLOAT8_MAX, Granularity, Recipe
+from jaxfp8.terminal import show, show_json
 
 FLAGS = flags.FlagValues()
 PIPE_WIDTH = 128
@@ -79,8 +78,8 @@ def main() -> int:
   ]
   if not FLAGS.json:
     _print_table(lines)
-    print(f"{FLAGS.output}: {chunks.size:,} tokens of {text}; {FLAGS.scales} scales, {FLAGS.rounding} rounding.")
-  print(json.dumps({"output": FLAGS.output, "tokens": int(chunks.size), "text": text, "scales": FLAGS.scales, "seen": lines}))
+    show(f"{FLAGS.output}: {chunks.size:,} tokens of {text}; {FLAGS.scales} scales, {FLAGS.rounding} rounding.")
+  show_json({"output": FLAGS.output, "tokens": int(chunks.size), "text": text, "scales": FLAGS.scales, "seen": lines})
   return 0
 
 
@@ -119,7 +118,7 @@ def _print_table(lines: list[dict]) -> None:
   for line in lines:
     sizes = [max(line["amax"]), *(FLOAT8_MAX * max(line[name]) for name in ("percentile", "mse"))]
     table.add_row(str(line["layer"]), line["of"], *(f"{size:.4g}" for size in sizes))
-  (Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)).print(table)
+  console(width=PIPE_WIDTH).print(table)
 
 
 COMMAND = Command(

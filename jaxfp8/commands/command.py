@@ -29,6 +29,7 @@ from jaxfp8.child_process import INTERRUPTED
 from jaxfp8.commands import platforms, streams
 from jaxfp8.commands.platforms import choose_platform
 from jaxfp8.errors import InputError, silence_libraries
+from jaxfp8.terminal import one_line, say, show
 
 DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
 # It loads jax, and is asked to stop only in a process that has imported it. A test looks up the name.
@@ -46,7 +47,7 @@ _SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # clears the line and shows the cursor that
 def _quiet_excepthook(kind, error, traceback) -> None:
   """Handles Ctrl-C while the modules of a command are still being imported, before `run`."""
   if kind is KeyboardInterrupt:
-    _say("Stopped.")
+    say("Stopped.")
   else:
     _excepthook(kind, error, traceback)
 
@@ -172,7 +173,7 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
     if {"--help", "-h", "-help"} & set(arguments):
       from jaxfp8.commands.command_help import format_help
 
-      print(format_help(command))
+      show(format_help(command))
     elif {"--version", "-version"} & set(arguments):
       print_version()
     else:
@@ -196,7 +197,7 @@ def end_with(main: Callable[[], int | None], name: str, *, debug: bool = False) 
   except (InputError, flags.Error) as error:
     if debug:
       raise
-    _say(_one_line(error) + ("" if isinstance(error, InputError) else ". Run with --help to see the flags."))
+    say(one_line(error) + ("" if isinstance(error, InputError) else ". Run with --help to see the flags."))
     streams.finish_stdout()
     code = 1
   except BrokenPipeError:  # the process that reads this one's output has ended
@@ -206,11 +207,11 @@ def end_with(main: Callable[[], int | None], name: str, *, debug: bool = False) 
     if debug:
       raise
     place = f" ({error.filename})" if error.filename else ""
-    _say(f"{name}: the system refused: {error.strerror or _one_line(error)}{place}. Run with --debug to see where.")
+    say(f"{name}: the system refused: {error.strerror or one_line(error)}{place}. Run with --debug to see where.")
     code = 1
   except Exception as error:
     if not debug and (sentence := platforms.explain(error)):
-      _say(sentence)
+      say(sentence)
     elif (processes := sys.modules.get(PROCESSES_MODULE)) and processes.count() > 1:
       traceback.print_exc()
     else:
@@ -224,7 +225,7 @@ def end_with(main: Callable[[], int | None], name: str, *, debug: bool = False) 
 def print_version() -> None:
   import jaxfp8
 
-  print(f"jaxfp8 {jaxfp8.__version__}")
+  show(f"jaxfp8 {jaxfp8.__version__}")
 
 
 def _run_interruptibly(main: Callable[[], int | None]) -> int | None:
@@ -279,7 +280,7 @@ def _usable_cache_dir(cache_dir: str) -> str:
     return str(folder)
   except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
-  _say(
+  say(
     f"cache: cannot write {cache_dir}: {reason}. This run goes on without a cache. "
     'Pass another --cache_dir, or --cache_dir="" for none.'
   )
@@ -310,11 +311,3 @@ def use_measured_tiles(cache_dir: str) -> None:
   from pallas_kernels import tuned
 
   tuned.use_folder(pathlib.Path(cache_dir).expanduser() / "tuned" if cache_dir else None)
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
-
-
-def _say(sentence: str) -> None:
-  print(sentence, file=sys.stderr)

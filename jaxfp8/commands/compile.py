@@ -12,7 +12,6 @@ instructions, and what one call moves and computes.
 Needs the `cuda` extra, no GPU. Times are floors from the device's peaks, not forecasts.
 """
 
-import json
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ from absl import flags
 from jaxfp8.commands import compile_model
 from jaxfp8.commands.command import Command, run
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import show, show_json
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("device", "h100", "Name in configs/devices, or a TOML of your own.", flag_values=FLAGS)
@@ -60,7 +60,7 @@ def main() -> int:
   results = compile_cases(FLAGS.device, [case.name for case in cases], FLAGS.timeout)
   rows = [row for case in cases for row in describe(case, results[case.name], spec, target)]
   if FLAGS.json:
-    print(json.dumps(rows, indent=1))
+    show_json(rows)
   else:
     print_table(rows, spec)
   return int(any(row["error"] or row["spill_bytes"] or row["stack_bytes"] for row in rows))
@@ -98,15 +98,15 @@ def describe(case, result: Any, spec, target) -> list[dict]:
 
 def print_table(rows: list[dict], spec) -> None:
   needed = rows[0].get("bytes_needed", 0)
-  print(f"{spec.title}: with {needed:,} bytes in flight an SM draws its share of {spec.bandwidth / 1e12:.2f} TB/s")
+  show(f"{spec.title}: with {needed:,} bytes in flight an SM draws its share of {spec.bandwidth / 1e12:.2f} TB/s")
   columns = f"{'regs':>4} {'spill':>5} {'stack':>5} {'smem':>7} {'CTAs':>4} {'in flight':>9} {'MB':>8} {'GFLOP':>8}"
-  print(f"{'kernel':46} {columns}  opcodes")
+  show(f"{'kernel':46} {columns}  opcodes")
   for row in rows:
     if row["error"]:
-      print(f"{row['kernel']:46} FAILED: {row['error'].strip().splitlines()[-1][:160]}")
+      show(f"{row['kernel']:46} FAILED: {row['error'].strip().splitlines()[-1][:160]}")
       continue
     shown = {opcode: number for opcode, number in row["opcodes"].items() if re.match(SHOWN, opcode)}
-    print(
+    show(
       f"{row['kernel']:46} {row['registers']:4} {row['spill_bytes']:5} {row['stack_bytes']:5} {row['smem_bytes']:7} "
       f"{row['ctas_per_sm']:4} {row['bytes_in_flight']:9,} {row['bytes_moved'] / 1e6:8.1f} {row['flops'] / 1e9:8.2f}  "
       + " ".join(f"{opcode} {number}" for opcode, number in shown.items())

@@ -10,6 +10,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.planning.compile_request import CompileRequest, compiled_reports
 from jaxfp8.planning.devices import load_device
 from jaxfp8.recipe import WEIGHT_PRECISIONS, Granularity
+from jaxfp8.terminal import show, show_json
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAG_NAMES = ("tensor", "data", "batch", "context", "weights", "granularity", "activations", "kv_cache", "prefill", "save")
@@ -49,7 +50,10 @@ def main(flag_values: flags.FlagValues) -> int:
     folder = pathlib.Path(flag_values.save)
     (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
     (folder / "budget.json").write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
-  print(json.dumps(answer) if flag_values.json else table)
+  if flag_values.json:
+    show_json(answer)
+  else:
+    show(table)
   return 0
 
 

@@ -18,7 +18,6 @@ values.
 import concurrent.futures
 import functools
 import hashlib
-import json
 import pathlib
 import sys
 import time
@@ -31,6 +30,7 @@ from jaxfp8.commands import calibrate, command, evaluate
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import Granularity
+from jaxfp8.terminal import say, show, show_json
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAGS = flags.FlagValues()
@@ -94,11 +94,11 @@ def main() -> int:
     raise InputError(f"convert: {FLAGS.output} exists already. Pass another --output, or remove it first.")
   source = open_checkpoint(FLAGS.input)
   for note in source.notes:
-    print(f"readers: {source.path}: {note}.", file=sys.stderr)
+    say(f"readers: {source.path}: {note}.")
   activations = _activations(source)
   keep, notes, seconds, gate_seconds = _convert(source, activations)
   for note in _few(notes):
-    print(f"convert: {note}.", file=sys.stderr)
+    say(f"convert: {note}.")
   read = sum(path.stat().st_size for path in source.files())
   ours = Checkpoint(FLAGS.output)
   written = sum(spec.num_bytes for spec in ours.expected.values())
@@ -120,13 +120,13 @@ def main() -> int:
     "peak_rss_bytes": peak,
   }
   if not FLAGS.json:
-    print(
+    show(
       f"{FLAGS.output}: {format_bytes(written)} from {format_bytes(read)} ({source.dialect}) in {format_seconds(seconds)}, "
       f"{read / seconds / 1e9:.3f} GB/s read, at most {format_bytes(peak)} of memory."
     )
     if quality:
-      print(f"Passed the gate in {format_seconds(gate_seconds)}: KL {quality['kl']['value']:.4g} nats over {quality['text']}.")
-  print(json.dumps(result))
+      show(f"Passed the gate in {format_seconds(gate_seconds)}: KL {quality['kl']['value']:.4g} nats over {quality['text']}.")
+  show_json(result)
   return 0
 
 

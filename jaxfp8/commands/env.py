@@ -8,7 +8,6 @@ package metadata, and loads no jax. A fact that cannot be read is shown as unkno
 """
 
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -22,6 +21,7 @@ from absl import flags
 from jaxfp8 import host_memory
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
+from jaxfp8.terminal import show, show_json
 from jaxfp8.units import format_bytes
 
 PACKAGES = ("jaxfp8", "jax", "jaxlib", "flax", "orbax-checkpoint", "ml_dtypes", "numpy", "tokenizers")
@@ -40,7 +40,10 @@ _execution(flags.DEFINE_string, "cache_dir", command.DEFAULT_CACHE_DIR, "The cac
 def main() -> int:
   """Prints the facts and the findings; returns 1 when there is a finding."""
   facts = collect(FLAGS.cache_dir)
-  print(json.dumps(facts) if FLAGS.json else format_facts(facts))
+  if FLAGS.json:
+    show_json(facts)
+  else:
+    show(format_facts(facts))
   return int(bool(facts["findings"]))
 
 

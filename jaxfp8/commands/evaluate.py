@@ -15,9 +15,7 @@ line is one JSON object.
 
 import dataclasses
 import hashlib
-import json
 import pathlib
-import sys
 
 from absl import flags
 
@@ -28,6 +26,7 @@ from jaxfp8.errors import InputError
 from jaxfp8.plots import check_plot_path
 from jaxfp8.quantization.plots import plot_layers
 from jaxfp8.recipe import Granularity, Recipe
+from jaxfp8.terminal import say, show, show_json
 
 FLAGS = flags.FlagValues()
 DEFAULT_RECIPES = (
@@ -111,13 +110,13 @@ def main() -> int:
   limits = GateLimits(FLAGS.max_kl, FLAGS.max_perplexity_ratio, FLAGS.min_top1)
   failures = [failure for line in result["recipes"] for failure in limits.failures(f"evaluate: {line['recipe']}", line)]
   if FLAGS.markdown:
-    print(markdown(result), end="\n\n")
+    show(markdown(result) + "\n")
   elif not FLAGS.json:
     print_tables(result)
-  print(json.dumps({**result, "failures": failures}))
+  show_json({**result, "failures": failures})
   if FLAGS.gate:
     for failure in failures:
-      print(failure, file=sys.stderr)
+      say(failure)
   return int(FLAGS.gate and bool(failures))
 
 
@@ -149,10 +148,9 @@ def read_text(path: str | None, flag: str = "text") -> tuple[str, str]:
 
     text, name = "\n\n".join(topics[key].strip() for key in sorted(topics)), "pydoc_data.topics"
     if hashlib.sha256(text.encode()).hexdigest() != TOPICS_SHA256:
-      print(
+      say(
         f"evaluate: this Python's pydoc_data.topics is not that of CPython {TOPICS_PYTHON}, which published figures stand on: "
-        "compare figures of this run alone, or pass --text.",
-        file=sys.stderr,
+        "compare figures of this run alone, or pass --text."
       )
   else:
     try:

@@ -1,9 +1,9 @@
 """The results of `jaxfp8 evaluate` as tables for a terminal and as Markdown for the README."""
 
-import sys
-
 from rich.console import Console
 from rich.table import Table
+
+from jaxfp8.console import console
 
 PIPE_WIDTH = 128
 COSTLIEST = 20  # lines of the matrices' table; the JSON object has all
@@ -52,22 +52,22 @@ def markdown(result: dict) -> str:
 
 def print_tables(result: dict) -> None:
   """Everything, for a terminal."""
-  console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-  _print_table(console, HEADERS, result["recipes"])
+  out = console(width=PIPE_WIDTH)
+  _print_table(out, HEADERS, result["recipes"])
   if "layers" in result:
-    console.print(f"\n{layers_title(result)}:", highlight=False)
-    _print_table(console, ("layer", *HEADERS[1:]), [*result["layers"], {"layer": "all", **result["all_layers"]}])
+    out.print(f"\n{layers_title(result)}:", highlight=False)
+    _print_table(out, ("layer", *HEADERS[1:]), [*result["layers"], {"layer": "all", **result["all_layers"]}])
   if "matrices" in result:
-    console.print(f"\n{COSTLIEST} costliest of {len(result['matrices'])} matrices, each quantized alone:", highlight=False)
+    out.print(f"\n{COSTLIEST} costliest of {len(result['matrices'])} matrices, each quantized alone:", highlight=False)
     lines = sorted(result["matrices"], key=lambda line: -line["kl"]["value"])[:COSTLIEST]
-    _print_table(console, ("matrix", *HEADERS[1:]), [{**line, "layer": f"{line['layer']} {line['matrix']}"} for line in lines])
-  console.print("\n" + conditions(result) + "\n", highlight=False)
+    _print_table(out, ("matrix", *HEADERS[1:]), [{**line, "layer": f"{line['layer']} {line['matrix']}"} for line in lines])
+  out.print("\n" + conditions(result) + "\n", highlight=False)
 
 
-def _print_table(console: Console, headers: tuple[str, ...], lines: list[dict]) -> None:
+def _print_table(out: Console, headers: tuple[str, ...], lines: list[dict]) -> None:
   table = Table(box=None, pad_edge=False)
   for column, header in enumerate(headers):
     table.add_column(header, justify="right" if column else "left", no_wrap=True)
   for line in lines:
     table.add_row(*_cells(line))
-  console.print(table)
+  out.print(table)

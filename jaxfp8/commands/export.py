@@ -6,13 +6,13 @@ Values and scales stay as they are, bit for bit. The names of the matrices that 
 is one JSON object.
 """
 
-import json
 import time
 
 from absl import flags
 
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
+from jaxfp8.terminal import show, show_json
 from jaxfp8.units import format_bytes, format_seconds
 
 FLAGS = flags.FlagValues()
@@ -35,8 +35,8 @@ def main() -> int:
   size = sum(path.stat().st_size for path in pathlib.Path(FLAGS.output).iterdir())
   groups = [group["weights"]["strategy"] for group in config["quantization_config"]["config_groups"].values()]
   if not FLAGS.json:
-    print(f"{FLAGS.output}: {format_bytes(size)} of compressed-tensors ({', '.join(groups)}) in {format_seconds(seconds)}.")
-  print(json.dumps({"output": FLAGS.output, "bytes": size, "strategies": groups, "seconds": round(seconds, 3)}))
+    show(f"{FLAGS.output}: {format_bytes(size)} of compressed-tensors ({', '.join(groups)}) in {format_seconds(seconds)}.")
+  show_json({"output": FLAGS.output, "bytes": size, "strategies": groups, "seconds": round(seconds, 3)})
   return 0
 
 

@@ -12,9 +12,7 @@ process reads the prompts and prints the answers.
 
 import contextlib
 import dataclasses
-import json
 import re
-import sys
 import time
 
 from absl import flags
@@ -24,6 +22,7 @@ from jaxfp8.commands.command import Command, Topic
 from jaxfp8.distributed.environment import ProcessPlace
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity, Recipe
+from jaxfp8.terminal import say, show_json
 
 FLAGS = flags.FlagValues()
 _prompts = Topic("Prompts", FLAGS)
@@ -259,10 +258,10 @@ def _report(engine, recipe: Recipe, completions: list, start_seconds: float) -> 
   if not completions:
     return
   report = make_report(engine, recipe, completions, start_seconds=start_seconds, cache_dir=FLAGS.cache_dir)
-  print("", *report.lines(), sep="\n", file=sys.stderr)
+  say("\n".join(["", *report.lines()]))
   if FLAGS.json:
     records = [dataclasses.asdict(completion) for completion in completions]
-    print(json.dumps({"completions": records, "report": report.to_json()}))
+    show_json({"completions": records, "report": report.to_json()})
 
 
 _TOPICS = (_prompts, _sampling_flags, _precision, _devices, _execution)

@@ -13,15 +13,15 @@ import json
 import math
 import re
 import statistics
-import sys
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
+from jaxfp8.console import console
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import say, show_json
 from jaxfp8.units import format_bytes, format_share
 
 FLAGS = flags.FlagValues()
@@ -69,8 +69,8 @@ def main() -> int:
   if not FLAGS.json:
     _print(result)
   for key in wrong:
-    print(f"inspect: {key} is not what was written. Convert the checkpoint again.", file=sys.stderr)
-  print(json.dumps(result))
+    say(f"inspect: {key} is not what was written. Convert the checkpoint again.")
+  show_json(result)
   return 1 if wrong else 0
 
 
@@ -145,7 +145,7 @@ def _bytes_per_device(manifest, tensor: int) -> int:
 
 
 def _print(result: dict) -> None:
-  console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+  out = console(width=_PIPE_WIDTH)
   table = Table(box=None, pad_edge=False)
   for column, header in enumerate(("tensor", "dtype", "shape", "bytes", "scales", "saturated", "zero")):
     table.add_column(header, justify="right" if column > 2 else "left", no_wrap=True)
@@ -153,8 +153,8 @@ def _print(result: dict) -> None:
     scales = f"{line['least']:.3g} .. {line['largest']:.3g}" if "least" in line else ""
     shares = [format_share(line[name]) if name in line else "" for name in ("saturated", "zero")]
     shape = " x ".join(map(str, line["shape"])) or "one"
-    table.add_row(line["key"].replace("[", "\\["), line["dtype"], shape, format_bytes(line["bytes"]), scales, *shares)
-  console.print(table)
+    table.add_row(line["key"], line["dtype"], shape, format_bytes(line["bytes"]), scales, *shares)
+  out.print(table)
   recipe = result["recipe"]
   came_from = {key: value for key, value in result["provenance"].items() if key not in ("calibration", "quality")}
   for title, value in (
@@ -168,7 +168,7 @@ def _print(result: dict) -> None:
     ("came from", json.dumps(came_from, ensure_ascii=False)),
     ("checksums", {None: "not compared (--verify)", True: "all equal", False: "DIFFERENT"}[result["verified"]]),
   ):
-    console.print(f"{title:<12} {value}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{title:<12} {value}", highlight=False, soft_wrap=True)
 
 
 def _quality(score: dict) -> str:

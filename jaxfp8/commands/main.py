@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from jaxfp8.commands import command, streams
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import show
 
 # Name: (module in jaxfp8.commands, one line for `jaxfp8 --help`).
 COMMANDS = {
@@ -31,7 +32,7 @@ def main() -> None:
   streams.start_again_in_utf8()
   name, *arguments = sys.argv[1:] or ["--help"]
   if name in ("--help", "-h", "-help", "help"):
-    command.end_with(lambda: print(help_text()), "jaxfp8")
+    command.end_with(lambda: show(help_text()), "jaxfp8")
   if name in ("--version", "-version"):
     command.end_with(command.print_version, "jaxfp8")
   name = name.replace("_", "-")

@@ -9,17 +9,15 @@ the model does not fit or an argument is wrong.
 """
 
 import functools
-import json
-import sys
 
 from absl import flags
-from rich.console import Console
 
 from jaxfp8.checkpoint.manifest import is_checkpoint, read_manifest
 from jaxfp8.checkpoint.readers import read_config
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.config import LlamaConfig
+from jaxfp8.console import console
 from jaxfp8.errors import InputError
 from jaxfp8.mesh import round_up
 from jaxfp8.planning.advice import Speculation
@@ -31,6 +29,7 @@ from jaxfp8.planning.report import print_plan, print_sweep, shortfall_sentence
 from jaxfp8.planning.roofline import PREFILL_CHUNK
 from jaxfp8.plots import check_plot_path
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, DEFAULT_PAGE_SIZE, WEIGHT_PRECISIONS, Granularity, LayerFormat, Recipe
+from jaxfp8.terminal import say, show_json
 
 PIPE_WIDTH = 120  # columns when the output is not a terminal
 
@@ -92,13 +91,13 @@ def main() -> int:
     check_plot_path(FLAGS.plot)
   plan = _plan(FLAGS.device[0])
   if FLAGS.json:
-    print(json.dumps(plan.to_json()))
+    show_json(plan.to_json())
   else:
-    print_plan(_console(), plan)
+    print_plan(console(width=PIPE_WIDTH), plan)
   if FLAGS.plot:
     plot_plan(plan, FLAGS.plot)
   if not plan.fits:
-    print(shortfall_sentence(plan), file=sys.stderr)
+    say(shortfall_sentence(plan))
   return 0 if plan.fits else 1
 
 
@@ -119,9 +118,9 @@ def _sweep() -> int:
   if not plans:
     raise InputError(refused[0])
   if FLAGS.json:
-    print(json.dumps({"devices": [plan.to_json() for plan in plans]}))
+    show_json({"devices": [plan.to_json() for plan in plans]})
   else:
-    print_sweep(_console(), plans, refused)
+    print_sweep(console(width=PIPE_WIDTH), plans, refused)
   return 0
 
 
@@ -187,10 +186,6 @@ def _batch_size(text: str) -> int:
     return int(text)
   except ValueError:
     raise InputError(f"plan: --batch must be whole numbers and commas; got {text!r}. Pass --batch=1,8,32.") from None
-
-
-def _console() -> Console:
-  return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
 COMMAND = Command(

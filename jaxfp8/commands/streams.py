@@ -5,6 +5,7 @@
     closed stderr, full stderr     what would be said there is lost, and the command goes on
     stdout in another encoding     ? stands for a character that the encoding lacks, and stderr says so once
     a locale without UTF-8         the program starts again in Python's UTF-8 mode
+    control characters             shown and not obeyed on stderr, and on stdout where that is a terminal (jaxfp8/terminal.py)
 
 Knows no flags, and loads no jax.
 """
@@ -17,6 +18,7 @@ import sys
 from typing import Any
 
 from jaxfp8.errors import InputError
+from jaxfp8.terminal import make_visible, say
 
 _REPLACE = "jaxfp8_replace"  # the name of the error handler of stdout
 _said: set[str] = set()
@@ -55,12 +57,13 @@ def prepare() -> None:
   if sys.stderr is None:
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the process lives
   elif _is_plain(sys.stderr):
-    sys.stderr = _reopened(sys.stderr, _Remarks(2, "w", closefd=False), "backslashreplace")
+    sys.stderr = make_visible(_reopened(sys.stderr, _Remarks(2, "w", closefd=False), "backslashreplace"))
   if sys.stdout is None:
     raise InputError("stdout: it is closed, so the answer has no place to go. Open it, or write >/dev/null to drop the answer.")
   codecs.register_error(_REPLACE, _replace)
   if _is_plain(sys.stdout):
-    sys.stdout = _reopened(sys.stdout, _Answers(1, "w", closefd=False), _REPLACE)
+    answers = _reopened(sys.stdout, _Answers(1, "w", closefd=False), _REPLACE)
+    sys.stdout = make_visible(answers) if answers.isatty() else answers
   elif isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors=_REPLACE)
 
@@ -96,10 +99,7 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
     raise error
   if error.encoding not in _said:
     _said.add(error.encoding)
-    print(
-      f"stdout: its encoding {error.encoding} lacks characters of this text; ? stands for them. Set PYTHONIOENCODING=utf-8.",
-      file=sys.stderr,
-    )
+    say(f"stdout: its encoding {error.encoding} lacks characters of this text; ? stands for them. Set PYTHONIOENCODING=utf-8.")
   return "?" * (error.end - error.start), error.end
 
 

@@ -11,12 +11,11 @@ report. Each stage runs in a process of its own, so that a kernel that takes the
 import os
 import pathlib
 import re
-import sys
 import time
 
 from absl import flags
 
-from jaxfp8 import child_process
+from jaxfp8 import child_process, terminal
 from jaxfp8.commands.command import DEFAULT_CACHE_DIR, Command, run
 from jaxfp8.commands.gpu_validation import report as gpu_report
 from jaxfp8.errors import InputError
@@ -53,8 +52,8 @@ def main() -> int:
   minutes = (time.time() - start) / 60
   path = pathlib.Path(FLAGS.output or f"gpu-{re.sub('[^a-z0-9]+', '-', device['kind'].lower()).strip('-')}.md")
   path.write_text(gpu_report.write_report(records, minutes), encoding="utf-8")
-  print("\n".join(gpu_report.tables(records)))
-  print(f"{gpu_report.verdict(records)} Report: {path}")
+  terminal.show("\n".join(gpu_report.tables(records)))
+  terminal.show(f"{gpu_report.verdict(records)} Report: {path}")
   return int(gpu_report.has_failed(records))
 
 
@@ -100,7 +99,7 @@ def child(stage: str, names: list[str], until: float) -> tuple[dict[str, dict], 
 
 
 def say(sentence: str) -> None:
-  print(f"validate-gpu: {sentence}", file=sys.stderr)
+  terminal.say(f"validate-gpu: {sentence}")
 
 
 COMMAND = Command("validate-gpu", main, FLAGS)

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jaxfp8.distributed.environment import AUTO, ProcessPlace
 from jaxfp8.errors import InputError
 from jaxfp8.source_digest import source_digest
+from jaxfp8.terminal import make_visible, visible
 
 START_SECONDS = 300  # how long processes wait for each other at the start
 _WAIT_MS = 10_000  # time limit of one request to the store; `_get` repeats the request
@@ -214,7 +215,7 @@ def _listen() -> None:
   if process == index() or _leaving.is_set():
     return
   _leaving.set()
-  os.write(2, f"process {process}: {sentence}\n".encode(errors="replace"))
+  os.write(2, visible(f"process {process}: {sentence}\n").encode(errors="replace"))
   leave(1)
 
 
@@ -232,4 +233,5 @@ def _keep_stdout() -> None:
   kept = os.dup(1)
   sys.stdout.flush()
   os.dup2(2, 1)
-  sys.stdout = open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115
+  answers = open(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115
+  sys.stdout = make_visible(answers) if answers.isatty() else answers

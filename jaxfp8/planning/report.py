@@ -3,6 +3,7 @@
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxfp8.planning.planner import BatchPlan, DeploymentPlan
 from jaxfp8.units import format_bytes, format_rate, format_seconds, format_share
@@ -15,7 +16,7 @@ def print_plan(console: Console, plan: DeploymentPlan) -> None:
   deployment = plan.deployment
   recipe, mesh = deployment.recipe, deployment.mesh
   count = f"{mesh.num_devices} x " if mesh.num_devices > 1 else ""
-  console.print(f"[bold]{deployment.config.name} on {count}{deployment.device.title}[/bold]")
+  console.print(f"{deployment.config.name} on {count}{deployment.device.title}", style="bold")
   console.print(
     f"weights {recipe.weights}, activations {recipe.activations}, KV cache {recipe.kv}; tensor={mesh.tensor} data={mesh.data}; "
     f"sequences of {deployment.context:,} tokens, prompts of {deployment.prompt:,}\n"
@@ -27,7 +28,7 @@ def print_plan(console: Console, plan: DeploymentPlan) -> None:
   for note in _notes(plan):
     console.print(f"- {note}")
   if plan.verdict:
-    console.print(f"\n[bold]{plan.verdict.sentence}[/bold]")
+    console.print(f"\n{plan.verdict.sentence}", style="bold")
 
 
 def shortfall_sentence(plan: DeploymentPlan) -> str:
@@ -45,7 +46,8 @@ def print_sweep(console: Console, plans: list[DeploymentPlan], refused: list[str
   """One row a device, the fastest at the smallest batch first; those that do not hold it last, with what would."""
   first = plans[0].deployment
   mesh = f"tensor={first.mesh.tensor} data={first.mesh.data}"
-  console.print(f"[bold]{first.config.name} on each device[/bold], tokens/s of all sequences ({mesh})")
+  title = Text.assemble((f"{first.config.name} on each device", "bold"), f", tokens/s of all sequences ({mesh})")
+  console.print(title)
   small, large = plans[0].batches[0].batch, plans[0].batches[-1].batch
   table = _table("device", "memory", "GB/s", "sequences", f"batch {small}", "expected")
   if large != small:

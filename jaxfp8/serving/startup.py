@@ -34,6 +34,7 @@ from jaxfp8.recipe import DEFAULT_PAGE_SIZE, Granularity, Precision, Recipe
 from jaxfp8.serving import memory
 from jaxfp8.serving.limits import EngineLimits, sizes_up_to
 from jaxfp8.sharding import make_mesh
+from jaxfp8.terminal import say, visible
 from jaxfp8.text.tokenizer import Tokenizer
 from pallas_kernels import dispatch
 
@@ -153,7 +154,7 @@ def _convert_in_child(path: pathlib.Path, recipe: Recipe, options: LoadOptions) 
   if not reply.answers:
     raise InputError(f"generate: converting {path} failed: {reply.failure}. Convert it on one host and pass the result.")
   (answer,) = reply.answers
-  print(answer["said"], end="", file=sys.stderr)
+  sys.stderr.write(visible(answer["said"]))
   return Checkpoint(answer["folder"]) if answer["folder"] else None
 
 
@@ -243,10 +244,7 @@ def _affordable(model: Llama, mesh: Mesh, pages: int, least: int) -> int:
   if fitting < least:
     return least
   if fitting < pages:
-    print(
-      f"jaxfp8: memory holds {fitting} of the {pages} KV pages that all sequences together need; some will wait.",
-      file=sys.stderr,
-    )
+    say(f"jaxfp8: memory holds {fitting} of the {pages} KV pages that all sequences together need; some will wait.")
   return min(_rounded(pages), fitting)
 
 
