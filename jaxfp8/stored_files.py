@@ -3,16 +3,16 @@
     sha256 0123...cdef      one line
     ...                     the content
 
-What a cache holds can be made again. So a damaged file counts as no file, and a folder that cannot be written as no cache; both
-say so in one sentence on stderr. Refuses to know what is in a file.
+What a cache holds can be made again. So a damaged file, and one that another user can have written (private_files.py), counts
+as no file, and a folder that cannot be written as no cache; each says so in one sentence on stderr. Refuses to know what is in
+a file.
 """
 
 import hashlib
 import os
 import pathlib
 
-from jaxfp8 import terminal
-from jaxfp8.unfinished import write_atomically
+from jaxfp8 import private_files, terminal
 
 _NAME = b"sha256 "
 _HEADER = len(_NAME) + 64 + 1  # bytes before the content
@@ -22,8 +22,7 @@ _said: set[str] = set()
 def write(path: pathlib.Path, content: bytes) -> bool:
   """Replaces `path` by a file with this content; whether that was possible. If not, says so once in a process."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, with_digest(content))
+    private_files.write_bytes(path, with_digest(content))
   except OSError as error:
     warn_unwritable(path.parent, error)
     return False
@@ -31,13 +30,16 @@ def write(path: pathlib.Path, content: bytes) -> bool:
 
 
 def read(path: pathlib.Path, remedy: str) -> bytes | None:
-  """The content, or None if there is no such file or it is damaged.
+  """The content, or None if there is no such file, or it is damaged or another user's.
 
   remedy: the end of the sentence about a damaged file: what is done instead ("the program is compiled again").
   """
   try:
-    data = path.read_bytes()
+    data = private_files.read_bytes(path)
   except (FileNotFoundError, NotADirectoryError):  # `write` says that the folder is impossible
+    return None
+  except private_files.NotPrivate as error:
+    say(f"{error}, so {path.name} is not used; {remedy}" if str(path) not in str(error) else f"{error}; {remedy}")
     return None
   except OSError as error:
     say(f"cannot read {path}: {os.strerror(error.errno or 0)}; {remedy}")
@@ -46,6 +48,17 @@ def read(path: pathlib.Path, remedy: str) -> bytes | None:
   if content is None:
     say_damaged(path, data, remedy)
   return content
+
+
+def read_own(path: pathlib.Path) -> bytes:
+  """The content of a file of the cache that has no digest. Says so and raises if it is another user's; raises OSError."""
+  try:
+    return private_files.read_bytes(path)
+  except private_files.NotPrivate as error:
+    if str(path) not in _said:
+      _said.add(str(path))
+      say(f"{error}; the file is not used")
+    raise
 
 
 def with_digest(content: bytes) -> bytes:
@@ -75,4 +88,5 @@ def warn_unwritable(folder: pathlib.Path, error: OSError) -> None:
   if not _said:
     _said.add("unwritable")
     reason = os.strerror(error.errno) if error.errno else str(error)
-    say(f"cannot write {folder}: {reason}; this run goes on and keeps nothing for the next one")
+    verb = "use" if isinstance(error, private_files.NotPrivate) else "write"
+    say(f"cannot {verb} {folder}: {reason}; this run goes on and keeps nothing for the next one")

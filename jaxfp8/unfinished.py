@@ -2,7 +2,7 @@
 
     with unfinished(remove):        # registered before the first file is created
       ...                           # `remove()` runs if the block raises, KeyboardInterrupt included
-    write_atomically(path, data)    # a small file: whole, or as it was before
+    write_atomically(path, data)    # a small file of the cache: whole, or as it was before
     with unfinished_folder(path) as temporary:    # a folder, which has its name at the end of the block
 
 A command that Ctrl-C or SIGTERM ends calls `abandon_unfinished` from its first thread while another thread still writes, and
@@ -73,8 +73,8 @@ def unfinished_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def _locked(folder: pathlib.Path) -> Iterator[bool]:
   """Whether this process has the folder's lock during the block. The system releases it when a process ends."""
   try:
-    descriptor = os.open(folder, os.O_RDONLY)
-  except OSError:  # it is gone
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+  except OSError:  # it is gone, or no folder
     yield False
     return
   try:
@@ -102,8 +102,14 @@ atexit.register(_abandon_all)  # an `__exit__` that Ctrl-C interrupted in its fi
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-  """Replaces `path` by a file with this content. Raises OSError; the file is then as it was, and no other is left."""
-  temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+  """Replaces `path` by a file with this content, which this user alone can read and write, whatever the umask.
+
+  Raises OSError; the file is then as it was, and no other is left.
+  """
+  temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
   with unfinished(lambda: temporary.unlink(missing_ok=True)):
-    temporary.write_bytes(data)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+      os.fchmod(file.fileno(), 0o600)
+      file.write(data)
     os.replace(temporary, path)

@@ -8,6 +8,7 @@ Kernels are proven without a GPU; what that cannot show (memory ordering, the co
 as a wrong number, before it shows in a text. Nothing happens on a CPU, or for a device that is only compiled for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -65,30 +66,36 @@ class Outcome:
     return f"{self.check}: the kernel {self.implementation!r} {how}"
 
 
-def require(device: Any, folder: str | os.PathLike = "") -> None:
+def require(
+  device: Any,
+  folder: str | os.PathLike = "",
+  *,
+  read: Callable[[pathlib.Path], bytes] = pathlib.Path.read_bytes,
+  write: Callable[[pathlib.Path, bytes], Any] = tuned.write_bytes,
+) -> None:
   """Raises KernelError unless every kernel for `device` computes there what plain XLA computes.
 
   folder: where a success is remembered, so that the next process does not compute it again; empty: only this process does.
+  read, write: read and write its files; may raise OSError.
   """
   target = Target.of(device)
   if target.platform != "cpu" and device in jax.devices():
-    _require(device, target, str(folder))
+    _require(device, target, str(folder), read, write)
 
 
 @functools.cache
-def _require(device: Any, target: Target, folder: str) -> None:
+def _require(device: Any, target: Target, folder: str, read: Callable, write: Callable) -> None:
   note = pathlib.Path(folder) / f"kernels-{fingerprint(device)}" if folder else None
-  if note is not None and note.exists():
-    return
+  if note is not None:
+    with contextlib.suppress(OSError):
+      read(note)
+      return
   with jax.default_device(device):
     outcomes = run(target)
   require_passed(outcomes, target.kind or f"compute capability {target.capability}")
   if note is not None and outcomes:
-    try:
-      note.parent.mkdir(parents=True, exist_ok=True)
-      note.write_text("".join(f"{o.check} {o.implementation} {o.error:.3g}\n" for o in outcomes), encoding="utf-8")
-    except OSError:
-      return  # the next start checks again, and that is all
+    with contextlib.suppress(OSError):  # the next start checks again, and that is all
+      write(note, "".join(f"{o.check} {o.implementation} {o.error:.3g}\n" for o in outcomes).encode())
 
 
 def require_passed(outcomes: list[Outcome], device: str) -> None:
@@ -170,7 +177,8 @@ def fingerprint(device: Any) -> str:
   here = pathlib.Path(__file__).parent
   measured = [path for name in dispatch.OPERATIONS for folder in tuned.folders(name) for path in folder.glob("*.json")]
   for path in sorted({*here.rglob("*.py"), *measured}):
-    digest.update(path.read_bytes())
+    with contextlib.suppress(OSError):  # measurements that are not this user's: they are not used
+      digest.update(tuned.read_bytes(path))
   return digest.hexdigest()[:32]
 
 

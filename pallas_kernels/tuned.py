@@ -11,20 +11,38 @@ Impossible sizes are an error, never a reason to fall back silently; each tiling
 validate-gpu` measures and writes. Nothing is ever written into the package.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from pallas_kernels.dispatch import OPERATIONS, Target
 
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
+  """Replaces a small file whole; this user alone can read and write it. Raises OSError."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+  try:
+    with os.fdopen(descriptor, "wb") as file:
+      file.write(data)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+
+
 _HERE = pathlib.Path(__file__).parent
 _user_folder: pathlib.Path | None = None
+_read_user: Callable[[pathlib.Path], bytes] = pathlib.Path.read_bytes
+_write_user: Callable[[pathlib.Path, bytes], Any] = write_bytes
 _forced = jax.make_user_context(None)  # part of jit's key: what was traced with other sizes is traced again
 
 
@@ -39,10 +57,20 @@ class Measured:
   sizes: Mapping[tuple, Mapping[str, int]]
 
 
-def use_folder(path: str | os.PathLike | None) -> None:
-  """Sets the folder of this user's measurements for the whole process; None: only shipped ones count."""
-  global _user_folder
+def use_folder(
+  path: str | os.PathLike | None,
+  *,
+  read: Callable[[pathlib.Path], bytes] = pathlib.Path.read_bytes,
+  write: Callable[[pathlib.Path, bytes], Any] = write_bytes,
+) -> None:
+  """Sets the folder of this user's measurements for the whole process; None: only shipped ones count.
+
+  read, write: read and replace the folder's files. A file for which `read` raises OSError, since another user may have written
+  it, counts as absent.
+  """
+  global _user_folder, _read_user, _write_user
   _user_folder = None if path is None else pathlib.Path(path)
+  _read_user, _write_user = read, write
   _files.cache_clear()
 
 
@@ -77,18 +105,27 @@ def refuse(operation: str, sizes: Mapping[str, int], rule: str) -> None:
   )
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The content of a file of measurements. Raises OSError."""
+  return _read_user(path) if _user_folder is not None and path.is_relative_to(_user_folder) else path.read_bytes()
+
+
 @functools.cache
 def _files(folder: pathlib.Path) -> tuple[Measured, ...]:
-  return tuple(_read(path) for path in sorted(folder.glob("*.json")))
+  files = []
+  for path in sorted(folder.glob("*.json")):
+    with contextlib.suppress(OSError):
+      files.append(_parse(path, read_bytes(path)))
+  return tuple(files)
 
 
-def _read(path: pathlib.Path) -> Measured:
+def _parse(path: pathlib.Path, data: bytes) -> Measured:
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(data)
     major, minor = content["compute_capability"]
     sizes = dict(_entries(content["entries"]))
     return Measured(path, str(content["device_kind"]), (int(major), int(minor)), int(content["num_sms"]), sizes)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"tuned: {path} does not hold measured tile sizes ({type(error).__name__}: {error}). Delete it, or measure again with "
       "jaxfp8 validate-gpu."
@@ -119,14 +156,12 @@ def write(operation: str, device: Mapping[str, Any], entries: list[dict[str, Any
   name = "".join(c if c.isalnum() else "-" for c in device["device_kind"].lower())
   path = folder / f"{name}.json"
   merged: dict[tuple, Mapping[str, Any]] = {}
-  if path.exists():
-    _read(path)
-    merged = {_frozen(entry["key"]): entry for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]}
+  with contextlib.suppress(OSError):
+    data = read_bytes(path)
+    _parse(path, data)
+    merged = {_frozen(entry["key"]): entry for entry in json.loads(data)["entries"]}
   merged |= {_frozen(entry["key"]): entry for entry in entries}
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".part")
   lines = ",\n".join("  " + json.dumps(entry) for entry in merged.values())
-  temporary.write_text(json.dumps(dict(device))[:-1] + f',\n "entries": [\n{lines}\n]}}\n', encoding="utf-8")
-  temporary.replace(path)
+  _write_user(path, (json.dumps(dict(device))[:-1] + f',\n "entries": [\n{lines}\n]}}\n').encode())
   _files.cache_clear()
   return path

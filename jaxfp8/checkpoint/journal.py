@@ -14,6 +14,7 @@ import os
 import pathlib
 from typing import Any, BinaryIO
 
+from jaxfp8 import private_files
 from jaxfp8.checkpoint.manifest import digest_of
 
 SUFFIX = ".journal"
@@ -50,10 +51,10 @@ class Journal:
 
   @classmethod
   def take(cls, path: pathlib.Path) -> "Journal | None":
-    """The journal of a dead writer; None if its writer lives, or has removed it."""
+    """The journal of a dead writer of this user; None if its writer lives, or has removed it."""
     try:
-      file = open(path, "r+b")  # noqa: SIM115
-    except FileNotFoundError:
+      file = private_files.open_own(path)
+    except OSError:  # it is gone, or another user's, or no file
       return None
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,8 +4,9 @@
     CACHE/sources.json                         path, size, inode, times of the source's files -> hash of their content
 
 The second start reads only these facts of the source's files: it neither reads the source nor quantizes. Other facts only mean
-that the source is read again; the same content finds the same checkpoint. A damaged checkpoint is converted again, with one
-sentence. The next conversion removes the leftovers of a process that was killed.
+that the source is read again; the same content finds the same checkpoint. A damaged checkpoint, and one that another user can
+have written (private_files.py), is converted again, with one sentence. The next conversion removes the leftovers of a process
+that was killed.
 """
 
 import contextlib
@@ -19,9 +20,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from jaxfp8 import stored_files
+from jaxfp8 import private_files, stored_files
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.convert import ReportProgress
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, DamagedCheckpoint
@@ -57,18 +59,23 @@ def cached_checkpoint(
 
   Raises InputError for a source that cannot be read or a disk that is full; nothing half-written stays.
   """
-  cache, source_path = pathlib.Path(cache_dir).expanduser().absolute(), absolute(source_path)
+  source_path = absolute(source_path)
+  try:
+    cache = private_files.open_cache(cache_dir)
+  except OSError as error:
+    stored_files.warn_unwritable(pathlib.Path(cache_dir), error)
+    return None
   digest = _content_digest(readers.source_files(source_path), cache)
   folder = cache / "checkpoints" / folder_name(source_path, digest, recipe)
   with contextlib.suppress(DamagedCheckpoint):
     if folder.exists():
-      return Checkpoint(folder)
+      return _open(folder)
   source = readers.open_source(source_path)
   check(source)
   with _one_at_a_time(folder) as can_write:
     try:
       if folder.exists():  # another process was first
-        return Checkpoint(folder)
+        return _open(folder)
     except DamagedCheckpoint as error:
       can_write = _remove(folder, error.reason) and can_write
     if not can_write:
@@ -79,13 +86,29 @@ def cached_checkpoint(
     if keep_granularity and (granularity := source_granularity(source)):
       recipe = dataclasses.replace(recipe, granularity=granularity)
     try:
-      arrays = convert.convert_checkpoint(source, folder, recipe, provenance={"source_sha256": digest}, progress=progress)
+      arrays = convert.convert_checkpoint(
+        source, folder, recipe, provenance={"source_sha256": digest}, check=_close, progress=progress
+      )
       for note in arrays.notes[:3]:
         say(f"convert: {note}.")
     except InputError:
       if not folder.exists():  # else another process converted the same meanwhile, on a disk that does not lock files
         raise
-    return Checkpoint(folder)
+    return _open(folder)
+
+
+def _open(folder: pathlib.Path) -> Checkpoint:
+  """Raises DamagedCheckpoint, also for a folder in which another user can have written."""
+  try:
+    private_files.require_tree(folder)
+  except private_files.NotPrivate as error:
+    raise DamagedCheckpoint(folder, str(error)) from error
+  return Checkpoint(folder)
+
+
+def _close(folder: pathlib.Path) -> Mapping[str, Any]:
+  private_files.close_tree(folder)
+  return {}
 
 
 def folder_name(source_path: pathlib.Path, digest: str, recipe: Recipe) -> str:
@@ -134,9 +157,8 @@ def _one_at_a_time(folder: pathlib.Path) -> Iterator[bool]:
   with contextlib.ExitStack() as stack:
     can_write = True
     try:
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      lock.parent.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context(open(lock, "w"))
+      private_files.make_folder(folder.parent)
+      file = stack.enter_context(private_files.open_lock(lock))
       with contextlib.suppress(OSError):  # a disk that does not lock files
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from jaxfp8 import unfinished
+from jaxfp8 import private_files, stored_files, unfinished
 from jaxfp8.child_process import INTERRUPTED
 from jaxfp8.commands import platforms, streams
 from jaxfp8.commands.platforms import choose_platform
@@ -270,18 +270,18 @@ def _stop(code: int) -> None:
 
 
 def _usable_cache_dir(cache_dir: str) -> str:
-  """The folder, or "" with a sentence on stderr if nothing can be written there: a run without a cache is only slower."""
+  """The folder; or "", with a sentence on stderr, if it cannot be written or is not this user's alone: that is only slower."""
   if not cache_dir:
     return ""
   try:
-    folder = pathlib.Path(os.path.abspath(pathlib.Path(cache_dir).expanduser()))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private_files.open_cache(cache_dir)
     tempfile.TemporaryFile(dir=folder).close()
     return str(folder)
   except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
+    verb = "use" if isinstance(error, private_files.NotPrivate) else "write"
   say(
-    f"cache: cannot write {cache_dir}: {reason}. This run goes on without a cache. "
+    f"cache: cannot {verb} {cache_dir}: {reason}. This run goes on without a cache. "
     'Pass another --cache_dir, or --cache_dir="" for none.'
   )
   return ""
@@ -292,15 +292,15 @@ def keep_compiled_programs(cache_dir: str) -> None:
 
   Only one of the two caches may be on (program_cache says why). An empty cache_dir keeps nothing.
   """
-  if not cache_dir:
+  if not (cache_dir := _usable_cache_dir(cache_dir)):
     return
   import jax
 
   from jaxfp8.serving import program_cache
 
   use_measured_tiles(cache_dir)
+  jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir, "programs"))
   program_cache.verify_jax_cache()
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache_dir).expanduser() / "programs"))
   jax.config.update("jax_enable_compilation_cache", os.environ.get("JAX_PLATFORMS") != "cpu")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -310,4 +310,5 @@ def use_measured_tiles(cache_dir: str) -> None:
   """Lets kernels use the tile sizes that `jaxfp8 validate-gpu` has measured and kept in `cache_dir`."""
   from pallas_kernels import tuned
 
-  tuned.use_folder(pathlib.Path(cache_dir).expanduser() / "tuned" if cache_dir else None)
+  folder = pathlib.Path(cache_dir).expanduser().absolute() / "tuned" if cache_dir else None
+  tuned.use_folder(folder, read=stored_files.read_own, write=private_files.write_bytes)

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8 import host_memory
+from jaxfp8 import host_memory, stored_files
 from jaxfp8.config import configs_folder, find_config, read_toml
 from jaxfp8.errors import InputError
-from jaxfp8.unfinished import write_atomically
 
 CPU = "cpu"
 READ_BYTES = 512 * 2**20
@@ -164,7 +163,7 @@ def measure_cpu(cache_dir: str = "", again: bool = False) -> DeviceSpec:
   if rates is None:
     rates = {"bandwidth": _measure_bandwidth(cores), "f32_flops": _measure_f32_flops()}
     if path:
-      _write_rates(path, {"key": key, **rates})
+      stored_files.write(path, json.dumps({"key": key, **rates}).encode())
   faster = 8.0 if "amx_bf16" in flags else 2.0 if "avx512_bf16" in flags else 1.0
   total, available = host_memory.memory_bytes()
   return DeviceSpec(
@@ -226,20 +225,11 @@ def _best_seconds(run, repeats: int) -> float:
 
 
 def _read_rates(path: pathlib.Path, key: str) -> dict[str, float] | None:
-  """The cached rates, or None where there are none, they are another machine's, or the file is damaged."""
+  """The cached rates, or None where there are none, they are another machine's, or the file is damaged or another user's."""
   try:
-    stored: Any = json.loads(path.read_text())
+    stored: Any = json.loads(stored_files.read(path, "the CPU is measured again") or b"")
     rates = {name: float(stored[name]) for name in ("bandwidth", "f32_flops")}
-  except (OSError, ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError):
     return None
   sane = all(math.isfinite(rate) and rate > 0 for rate in rates.values())
   return rates if sane and stored.get("key") == key else None
-
-
-def _write_rates(path: pathlib.Path, rates: dict[str, Any]) -> None:
-  """Written under another name and renamed, so that a second process never reads half a file; no error if it cannot be."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(rates).encode())
-  except OSError:
-    return

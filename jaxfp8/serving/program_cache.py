@@ -4,8 +4,9 @@ JAX's own persistent cache saves XLA's compilation, but every start still traces
 longer. This cache stores the whole executable in jax_compilation_cache_dir. The key covers everything that a program depends
 on, this package's source included. The cache works only while JAX's own cache is off (jax_enable_compilation_cache): a program
 from JAX's cache serializes without its code, and fails when it runs. It serves only CPUs: loading a serialized executable
-on a GPU has not been verified. A GPU uses JAX's cache, which `verify_jax_cache` teaches to compare digests too: they reveal
-damage, not an attacker. Like JAX's cache, it holds native code: whoever can write to the folder can run code.
+on a GPU has not been verified. A GPU uses JAX's cache, which `verify_jax_cache` teaches to compare digests too. Both hold
+native code: whoever could write a file of theirs could run code. So both load only files that no other user can have written
+(stored_files.py); the digests reveal damage, not an attacker.
 """
 
 import contextlib
@@ -19,14 +20,15 @@ import jax
 import jaxlib
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
-from jax._src.lru_cache import LRUCache
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from jaxfp8 import stored_files
+from jaxfp8 import private_files, stored_files
 from jaxfp8.source_digest import source_digest
 
 _REMEDY = "the program is compiled again"
+_SUFFIX = "-cache"  # of the names of JAX's files
+_AUTOTUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # JAX's name
 
 
 def load(key: str, mesh: Mesh) -> jax.stages.Compiled | None:
@@ -55,40 +57,55 @@ def store(key: str, program: jax.stages.Compiled, mesh: Mesh) -> None:
 def verify_jax_cache() -> None:
   """Makes JAX's own persistent cache, which GPUs use, compare a program's SHA-256 before the program is loaded.
 
-  To be called before the first compilation. JAX has no public way to wrap its cache; the release of jax is pinned, and a test
-  damages an entry.
+  To be called before the first compilation, with the folder set. JAX has no public way to wrap its cache; the release of jax is
+  pinned, and a test damages an entry.
   """
   compilation_cache.get_file_cache = _verified_cache
+  # XLA writes and reads the choices of its autotuner itself, in a folder beside the programs.
+  try:
+    private_files.require_tree(pathlib.Path(jax.config.jax_compilation_cache_dir or "", _AUTOTUNED))
+  except FileNotFoundError:
+    return
+  except OSError as error:
+    stored_files.say(f"{error}; XLA does not keep the choices of its autotuner")
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 class _VerifiedCache(CacheInterface):
-  """The files of JAX's cache, each with the digest of its content."""
+  """The files of JAX's cache, each with the digest of its content. The least recently written ones leave a full cache."""
 
-  def __init__(self, files: LRUCache):
-    self._files, self._path = files, files.path
+  def __init__(self, path: pathlib.Path):
+    self._path = path
 
   def get(self, key: str) -> bytes | None:
-    stored = self._files.get(key)
-    content = None if stored is None else stored_files.without_digest(stored)
-    if stored is not None and content is None:
-      path = self._path / f"{key}-cache"
-      stored_files.say_damaged(path, stored, _REMEDY)
-      path.unlink(missing_ok=True)  # JAX never replaces a file
-    return content
+    return stored_files.read(self._path / f"{key}{_SUFFIX}", _REMEDY)
 
   def put(self, key: str, value: bytes) -> None:
-    try:
-      self._files.put(key, stored_files.with_digest(value))
-    except OSError as error:
-      stored_files.warn_unwritable(self._path, error)
+    max_bytes = jax.config.jax_compilation_cache_max_size  # -1: no limit
+    if max_bytes >= 0:
+      if len(value) > max_bytes:
+        return
+      with contextlib.suppress(OSError):
+        self._make_room(max_bytes - len(value))
+    stored_files.write(self._path / f"{key}{_SUFFIX}", value)
+
+  def _make_room(self, max_bytes: int) -> None:
+    files = [(path.lstat(), path) for path in self._path.glob(f"*{_SUFFIX}")]
+    left = sum(info.st_size for info, _ in files)
+    for info, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
+      if left <= max_bytes:
+        break
+      path.unlink(missing_ok=True)
+      left -= info.st_size
 
 
 def _verified_cache(path: str) -> tuple[CacheInterface, str] | None:
   try:
-    return _VerifiedCache(LRUCache(path, max_size=jax.config.jax_compilation_cache_max_size)), path
+    private_files.make_folder(pathlib.Path(path))
   except OSError as error:
     stored_files.warn_unwritable(pathlib.Path(path), error)
     return None
+  return _VerifiedCache(pathlib.Path(path)), path
 
 
 def _path(key: str, mesh: Mesh) -> pathlib.Path | None:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxfp8 import private_files, stored_files
 from jaxfp8.errors import InputError
 from jaxfp8.model.batch import DecodeBatch, PrefillBatch
 from jaxfp8.model.kv_cache import KVCache
@@ -132,7 +133,8 @@ class CompiledSteps:
     if self._kernels:
       local = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
       try:
-        conformance.require(local[0], jax.config.jax_compilation_cache_dir or "")
+        folder = jax.config.jax_compilation_cache_dir or ""
+        conformance.require(local[0], folder, read=stored_files.read_own, write=private_files.write_bytes)
       except conformance.KernelError as error:
         raise InputError(str(error)) from error
 

@@ -166,7 +166,7 @@ def test_nothing_happens_for_a_cpu_or_an_absent_device(first_use):
 
 @pytest.mark.parametrize("implementation", ["auto", "xla"])
 def test_steps_ask_before_they_compile(monkeypatch, implementation):
-  def fail(device, folder):
+  def fail(device, folder, **files):
     raise KernelError("the kernel is wrong")
 
   config = LlamaConfig.from_name("tiny")

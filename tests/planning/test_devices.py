@@ -5,6 +5,7 @@ import platform
 
 import pytest
 
+from jaxfp8 import stored_files
 from jaxfp8.config import configs_folder, read_toml
 from jaxfp8.errors import InputError
 from jaxfp8.planning import devices
@@ -153,14 +154,14 @@ def test_cpu_rates_are_measured_once_and_cached(tmp_path, counted):
 def test_a_damaged_cache_is_measured_again(tmp_path, counted, damage):
   measure_cpu(str(tmp_path))
   path = tmp_path / f"cpu-{platform.node()}.json"
-  stored = json.loads(path.read_text())
+  stored = json.loads(stored_files.read(path, ""))
   if damage == "negative":
     damage = json.dumps(stored | {"bandwidth": -1})
   if damage == "other machine":
     damage = json.dumps(stored | {"key": "a cray"})
-  path.write_text(damage if damage is not None else "\0")
+  stored_files.write(path, (damage if damage is not None else "\0").encode())
   assert measure_cpu(str(tmp_path)).bandwidth == 20e9
-  assert len(counted) == 2 and json.loads(path.read_text()) == stored
+  assert len(counted) == 2 and json.loads(stored_files.read(path, "")) == stored
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path, counted):
