@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from jaxfp8.console import console
-from jaxfp8.terminal import make_visible, say
+from jaxfp8.terminal import make_visible, say, visible
 
 
 class Progress:
@@ -52,7 +52,7 @@ class Progress:
   def task(self, title: str) -> Iterator[Callable[[int, int], None]]:
     """One stage. Yields a function (bytes done, bytes in total) that moves the bar."""
     start = time.perf_counter()
-    task = self._bar.add_task(title, total=None) if self._bar else None
+    task = self._bar.add_task(visible(title), total=None) if self._bar else None
 
     def report(done: int, total: int) -> None:
       if self._bar and task is not None:

@@ -104,16 +104,18 @@ def test_inspect_shows_names_and_provenance_of_a_strangers_checkpoint(monkeypatc
 def test_a_bar_and_the_notes_above_it(monkeypatch):
   """On a terminal rich prints notes above its bar; without care it would obey the sequences in them."""
   monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setenv("COLUMNS", "400")
   written = _Terminal()
   monkeypatch.setattr(sys, "stderr", VisibleStream(written))
-  with Progress() as progress, progress.task(HOSTILE) as report:
+  with Progress() as progress, progress.task(f"title {HOSTILE}") as report:
     report(1, 2)
-    print(HOSTILE, file=sys.stderr)
-    terminal.say(HOSTILE)
+    print(f"print {HOSTILE}", file=sys.stderr)
+    terminal.say(f"say {HOSTILE}")
   text = written.getvalue()
-  assert ("\x1b[?25l" in text and text.endswith("\x1b[?25h")) or "\x1b[?25h" in text  # its own: it hides and shows the cursor
-  foreign = re.sub(r"\x1b\[[0-9;?]*[mKAhl]|\r", "", text)
-  assert visible(foreign) == foreign and "\x1b]" not in text and "\x1b[2J" not in text and r"\x1b]52" in foreign
+  assert "\x1b[?25l" in text and "\x1b[?25h" in text  # its own: it hides and shows the cursor
+  content = re.sub(r"\x1b\[[0-9;?]*[mKAhl]|\r", "", text)
+  assert visible(content) == content and all(f"{name} {SHOWN}" in content for name in ("title", "print", "say"))
+  assert "\x1b[2J" not in text and isinstance(sys.stderr, VisibleStream) and sys.stderr.inner is written
 
 
 @pytest.mark.parametrize("name", ["template", "library", "file"])
