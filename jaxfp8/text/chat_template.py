@@ -29,26 +29,30 @@ class ChatTemplate:
     self._child: subprocess.Popen | None = None
 
   def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-    """The prompt's text.
+    """The prompt's text. Raises InputError as `render_all` does."""
+    return cast(str, self.render_all([messages], add_generation_prompt)[0])
+
+  def render_all(self, variants: Sequence[Sequence[Mapping[str, Any]]], add_generation_prompt: bool = True) -> list[Any]:
+    """The text of each list of messages, at one time and with one seed; None for a list, but the first, that fails.
 
     Raises InputError if the template raises, is not Jinja or exceeds its time or memory, or if messages are not plain JSON.
     """
     variables = {
       **self._special_tokens,
-      "messages": [dict(message) for message in messages],
       "tools": None,
       "documents": None,
       "add_generation_prompt": add_generation_prompt,
     }
     try:
-      request = json.dumps({"template": self._template, "variables": variables})
+      lists = [[dict(message) for message in messages] for messages in variants]
+      request = json.dumps({"template": self._template, "variables": variables, "messages": lists})
     except TypeError as error:
       raise InputError(f"chat: messages must hold text and plain values: {error}. Pass role and content as strings.") from error
     with self._lock:
       answer = self._ask(request)
     if "error" in answer:
       raise InputError(f"chat: the model's chat template failed: {answer['error']}. {_WAY_OUT}")
-    return answer["text"]
+    return answer["texts"]
 
   def _ask(self, request: str) -> dict[str, Any]:
     if self._child is None or self._child.poll() is not None:

@@ -3,13 +3,15 @@
 A template is a program that came with downloaded weights. The sandbox denies the template access to Python's internals. The
 process confines its loops and its memory: SIGALRM ends a render that takes longer than the first argument, in seconds.
 
-Protocol: one JSON object per line. The child begins with {"ready": true}. It answers {"template", "variables"} with {"text"}
-or {"error"}. Environment and functions are those of transformers' `apply_chat_template` (utils/chat_template_utils.py).
+Protocol: one JSON object per line. The child begins with {"ready": true}. It answers {"template", "variables", "messages"} with
+{"texts"}, one for each list of messages (null for a later list that fails), or with {"error"} if the first list fails.
+Environment and functions are those of transformers' `apply_chat_template` (utils/chat_template_utils.py).
 """
 
 import contextlib
 import datetime
 import json
+import random
 import resource
 import signal
 import sys
@@ -47,18 +49,29 @@ def _environment() -> jinja2.Environment:
   )
   environment.filters["tojson"] = _tojson
   environment.globals["raise_exception"] = _raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
   return environment
 
 
 def _render(environment: jinja2.Environment, request: dict) -> dict:
+  """All lists of messages see the same time and the same random numbers, so that their texts can be compared."""
+  now, state, texts = datetime.datetime.now(), random.getstate(), []
+  environment.globals["strftime_now"] = now.strftime
+  for messages in request["messages"]:
+    random.setstate(state)
+    text, error = _render_one(environment, request["template"], {**request["variables"], "messages": messages})
+    if error and not texts:
+      return {"error": error}
+    texts.append(None if error else text)
+  return {"texts": texts}
+
+
+def _render_one(environment: jinja2.Environment, template: str, variables: dict) -> tuple[str, str]:
+  """(text, error); one of them is empty."""
   try:
-    text = environment.from_string(request["template"]).render(**request["variables"])
-    if len(text) > _MAX_TEXT:
-      return {"error": f"it wrote {len(text)} characters"}
-    return {"text": text}
+    text = environment.from_string(template).render(**variables)
   except Exception as error:  # any exception here is an error of the template
-    return {"error": f"{type(error).__name__}: {error}"[:500]}
+    return "", f"{type(error).__name__}: {error}"[:500]
+  return (text, "") if len(text) <= _MAX_TEXT else ("", f"it wrote {len(text)} characters")
 
 
 def _main() -> None:

@@ -15,6 +15,7 @@ from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 from jaxfp8.text.chat_template import ChatTemplate
+from jaxfp8.text.message_text import MessageText
 
 _HALF = "�"  # the text of bytes that are not (yet) UTF-8
 _MAX_HELD = 64  # tokens; a character takes at most four, so text that is undecodable after these stays undecodable
@@ -35,6 +36,7 @@ class Tokenizer:
     self.eos_id = self._named_id("eos_token")
     self._special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+    self._messages = MessageText(self._tokenizer, files.tokenizer_json, files.chat_template or "")
 
   @classmethod
   def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
@@ -63,7 +65,8 @@ class Tokenizer:
     return self._special_ids.get(text)
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a raw prompt, with the BOS or EOS that the tokenizer writes. Recognizes special tokens written in the text.
+    """The ids of a raw prompt, with the BOS or EOS that the tokenizer writes. Special tokens written in the text are tokens:
+    whoever writes a raw prompt writes all of it.
 
     A text that begins with BOS's own text gets a second BOS, as in transformers and llama.cpp (`has_two_bos`). Raises
     InputError for text with lone surrogates.
@@ -81,10 +84,16 @@ class Tokenizer:
     """The ids of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
     BOS is present if the template writes it, as in transformers; of a GGUF file also if the file says so, as in llama.cpp.
-    It is there once. Special tokens written in a message are recognized too: callers that pass on text from strangers should
-    check the text for them.
+    It is there once. Special tokens are those that the template writes: their text in a message is text (in transformers and
+    llama.cpp it becomes tokens, with which a stranger's text could end a message and begin one in another's name).
+
+    Raises InputError as `chat_text` does, and for a template that computes with the text of a special token in a message.
     """
-    ids = self._encode(self.chat_text(messages, add_generation_prompt), add_special=self._files.special_in_chats)
+    variants, add_special = self._messages.marked(messages), self._files.special_in_chats
+    text, *rendered = self._require_template().render_all([messages, *variants], add_generation_prompt)
+    ids = self._encode(text, add_special)
+    if variants:
+      ids = self._messages.encode(text, rendered, messages, add_special=add_special)
     while self.has_two_bos(ids):
       del ids[0]
     if self._files.special_in_chats and self.eos_id is not None and ids[-2:] == [self.eos_id] * 2:
@@ -92,10 +101,16 @@ class Tokenizer:
     return ids
 
   def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-    """The text that `chat` encodes. Raises InputError if the model has no template or the template fails."""
+    """The text that `chat` encodes. Raises InputError if the model has no template or the template fails.
+
+    Encoded as a raw prompt it has other ids than `chat` where a message holds the text of a special token.
+    """
+    return self._require_template().render(messages, add_generation_prompt)
+
+  def _require_template(self) -> ChatTemplate:
     if self._template is None:
       raise InputError("tokenizer: this model carries no chat template. Pass --raw, or a model tuned for chats.")
-    return self._template.render(messages, add_generation_prompt)
+    return self._template
 
   def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
     """The text of ids. Omits special tokens unless `keep_special`, and always omits ids beyond the vocabulary."""

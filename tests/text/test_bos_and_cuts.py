@@ -47,6 +47,15 @@ def _chat(tokenizer, prompt):
   return tokenizer.chat([{"role": "user", "content": prompt}])
 
 
+def _check_chat(tokenizer, prompt, ids):
+  """The library's ids; of a prompt that holds the text of special tokens, only the special tokens of any other prompt."""
+  special = set(tokenizer._special_ids.values())
+  if not any(text in prompt for text in tokenizer._special_ids):
+    assert _chat(tokenizer, prompt) == ids, prompt
+  else:
+    assert [i for i in _chat(tokenizer, prompt) if i in special] == [i for i in _chat(tokenizer, "x") if i in special], prompt
+
+
 def _with_one_bos(ids):
   """The libraries give two BOS tokens to a chat whose text begins with two, or with one more than they take away."""
   while ids[:2] == [BOS, BOS]:
@@ -81,7 +90,7 @@ def test_bos_and_eos_of_a_gguf_file_are_llama_cpps(case):
     tokenizer = _with_template(_gguf_files(keys), template)
     for prompt in LLAMA_CPP["prompts"]:
       ids = next(chats)
-      assert _chat(tokenizer, prompt) == _with_one_bos(ids), (template, prompt)
+      _check_chat(tokenizer, prompt, _with_one_bos(ids))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -116,7 +125,7 @@ def test_ids_of_a_folder_are_transformers_own(case, tmp_path):
     tokenizer = _with_template(files, template)
     for prompt in TRANSFORMERS["prompts"]:
       ids = next(chats)
-      assert _chat(tokenizer, prompt) == (ids if tokenizer.bos_id != BOS else _with_one_bos(ids)), (template, prompt)
+      _check_chat(tokenizer, prompt, ids if tokenizer.bos_id != BOS else _with_one_bos(ids))
 
 
 def test_two_bos_of_a_raw_prompt_are_noted(capsys, tmp_path):
