@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxfp8 import regular_files
 from jaxfp8.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "llama3")  # the types that a file names; "divisors" is the fourth type of RopeConfig
@@ -212,8 +213,7 @@ def find_config(kind: str, name: str) -> pathlib.Path:
 def read_toml(path: pathlib.Path) -> dict[str, Any]:
   """The content of a TOML file. Raises InputError, naming the file, if it cannot be read."""
   try:
-    with open(path, "rb") as file:
-      return tomllib.load(file)
+    return tomllib.loads(regular_files.read_text(path))
   except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
     reason = (isinstance(error, OSError) and error.strerror) or error
     raise InputError(f"config: cannot read {path}: {reason}. Pass a TOML file or a name from configs/.") from error

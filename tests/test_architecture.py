@@ -22,6 +22,8 @@ NO_JAX = [
   "mesh",
   "source_digest",
   "child_process",
+  "private_files",
+  "regular_files",
   "planning.devices",
   "planning.roofline",
   "planning.deployment",

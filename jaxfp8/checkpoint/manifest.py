@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.block_digests import BLOCK_BYTES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
@@ -100,11 +101,12 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
 def read_manifest(folder: str | os.PathLike) -> Manifest:
   """Reads jaxfp8.json and the tokenizer, each once, and compares their SHA-256.
 
-  Raises DamagedCheckpoint, or InputError for a folder that a newer version wrote.
+  Raises DamagedCheckpoint, or InputError for a folder that a newer version wrote or that holds other than regular files.
   """
   folder = pathlib.Path(folder)
   try:
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    regular_files.require_tree(folder)
+    text = regular_files.read_text(folder / MANIFEST, within=folder)
     data = json.loads(text)
     version = data["format_version"]
     if ("sha256" in data or version >= 2) and data.get("sha256") != digest_of(data):
@@ -136,8 +138,8 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
 
 def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> TokenizerFiles:
   def read(name: str) -> str:
-    content = (folder / name).read_bytes()
-    _require_digest(folder, name, content, checksums)
+    content = regular_files.read_bytes(folder / name, regular_files.TOKENIZER_BYTES, within=folder)
+    _require_digest(folder, name, hashlib.sha256(content).hexdigest(), checksums)
     return content.decode("utf-8")
 
   return TokenizerFiles(
@@ -149,8 +151,8 @@ def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any], checksums
   )
 
 
-def _require_digest(folder: pathlib.Path, name: str, content: bytes, checksums: Mapping[str, str]) -> None:
-  if name in checksums and hashlib.sha256(content).hexdigest() != checksums[name]:
+def _require_digest(folder: pathlib.Path, name: str, digest: str, checksums: Mapping[str, str]) -> None:
+  if name in checksums and digest != checksums[name]:
     raise DamagedCheckpoint(folder, f"{name} is not what was written, since its SHA-256 differs")
 
 
@@ -158,11 +160,12 @@ def check_files(folder: pathlib.Path, manifest: Manifest) -> None:
   """Raises DamagedCheckpoint if a file is missing, has another size, or is small and has another SHA-256."""
   for name, expected in manifest.files.items():
     try:
-      size = (folder / name).stat().st_size
+      size = regular_files.require_regular(folder / name, within=folder).st_size
       if size != expected:
         raise DamagedCheckpoint(folder, f"{name} must have {expected:,} bytes and has {size:,}")
       if name in manifest.checksums and name not in (TOKENIZER, TEMPLATE):  # which `read_manifest` has compared
-        _require_digest(folder, name, (folder / name).read_bytes(), manifest.checksums)
+        with regular_files.open_file(folder / name, within=folder) as file:
+          _require_digest(folder, name, hashlib.file_digest(file, "sha256").hexdigest(), manifest.checksums)
     except OSError as error:
       raise DamagedCheckpoint(folder, f"{name}: {os.strerror(error.errno or 0)}") from error
 
@@ -171,7 +174,11 @@ def file_digests(folder: pathlib.Path) -> dict[str, str]:
   """sha256 of the small files of a folder by their paths in it: of all but the manifest and the arrays' data."""
   names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
   small = [name for name in names if name.parent.name != _NEVER_HASHED and str(name) != MANIFEST]
-  return {str(name): hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in small}
+  digests = {}
+  for name in small:
+    with regular_files.open_file(folder / name, within=folder) as file:
+      digests[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
+  return digests
 
 
 def first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxfp8 import private_files, stored_files
+from jaxfp8 import private_files, regular_files, stored_files
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.convert import ReportProgress
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, DamagedCheckpoint
@@ -127,7 +127,7 @@ def discard(checkpoint: Checkpoint, reason: str) -> bool:
   """
   with _one_at_a_time(checkpoint.path) as can_write:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-      if (checkpoint.path / MANIFEST).read_text(encoding="utf-8") != checkpoint.manifest.text:
+      if regular_files.read_text(checkpoint.path / MANIFEST) != checkpoint.manifest.text:
         return True
     return _remove(checkpoint.path, reason) and can_write
 
@@ -185,7 +185,7 @@ def _spot_checks(path: pathlib.Path) -> tuple[int, str]:
   """(size in bytes, sha256 of 64 pieces of the file)."""
   total = hashlib.sha256()
   size = _stat(path).st_size
-  with open(path, "rb") as file:
+  with regular_files.open_file(path) as file:
     for spot in range(_SPOTS):
       file.seek(max(0, size - _SPOT_BYTES) * spot // (_SPOTS - 1))
       total.update(file.read(_SPOT_BYTES))
@@ -235,7 +235,7 @@ def _hash_files(files: list[pathlib.Path]) -> str:
   total = hashlib.sha256()
   for path in files:
     try:
-      with open(path, "rb") as file:
+      with regular_files.open_file(path) as file:
         total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     except OSError as error:
       raise InputError(f"cache: cannot read {path}: {os.strerror(error.errno or 0)}. Fetch the checkpoint again.") from error

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from jaxfp8 import regular_files
 from jaxfp8.commands import calibrate, command, evaluate
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.errors import InputError
@@ -262,7 +263,7 @@ class _Provenance:
 
 def _digest(path: pathlib.Path) -> str:
   try:
-    with open(path, "rb") as file:
+    with regular_files.open_file(path) as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
     raise InputError(f"convert: cannot read {path}: {error.strerror}. Fetch the checkpoint again.") from error

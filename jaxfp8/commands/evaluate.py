@@ -19,6 +19,7 @@ import pathlib
 
 from absl import flags
 
+from jaxfp8 import regular_files
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.commands.evaluate_tables import layers_title, markdown, print_tables
@@ -154,7 +155,7 @@ def read_text(path: str | None, flag: str = "text") -> tuple[str, str]:
       )
   else:
     try:
-      text, name = pathlib.Path(path).read_text(encoding="utf-8"), pathlib.Path(path).name
+      text, name = regular_files.read_text(path, regular_files.TOKENIZER_BYTES), pathlib.Path(path).name
     except (OSError, UnicodeDecodeError) as error:
       reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
       raise InputError(f"evaluate: cannot read --{flag}={path}: {reason}. Pass a text file.") from error

@@ -54,7 +54,8 @@ def read_config(name_or_path: str | os.PathLike) -> LlamaConfig:
   if path.suffix == ".json":
     from jaxfp8.checkpoint.readers.huggingface_config import config_from_file
 
-    return config_from_file(path, name=path.resolve().parent.name)
+    path = path.resolve()  # a link that the user names
+    return config_from_file(path, name=path.parent.name)
   path = locate(path)
   if path.is_dir():
     from jaxfp8.checkpoint.readers.huggingface_config import read_folder_config

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+from jaxfp8 import regular_files
 from jaxfp8.errors import InputError
 
 
@@ -10,7 +11,7 @@ def read_bytes(path: pathlib.Path, start: int, stop: int, name: str) -> bytearra
   """The bytes [start, stop) of the file. Raises InputError, naming the tensor `name`, if they cannot be read."""
   data = bytearray(stop - start)
   try:
-    with open(path, "rb", buffering=0) as file:
+    with regular_files.open_file(path) as file:
       done, view = 0, memoryview(data)
       while done < len(data):
         count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], start + done)

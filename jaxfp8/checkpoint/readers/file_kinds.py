@@ -8,6 +8,9 @@ import os
 import pathlib
 import stat
 
+from jaxfp8 import regular_files
+from jaxfp8.errors import InputError
+
 FETCH_AGAIN = "Fetch the file again."
 LFS_TEXT = "version https://git-lfs.github.com/spec/"
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
@@ -54,11 +57,12 @@ def describe(path: pathlib.Path) -> FileKind:
   try:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-      return FileKind("no file", f"it is {_mode_name(mode)}. Pass a regular file.")
-    with open(path, "rb") as file:
+      return FileKind("no file", f"it is {regular_files.mode_name(mode)}. Pass a regular file.")
+    with regular_files.open_file(path) as file:
       head, size = file.read(_HEAD_BYTES), os.fstat(file.fileno()).st_size
-  except OSError as error:
-    return FileKind("unreadable", f"it cannot be read ({os.strerror(error.errno or 0)}). Check the path and its permissions.")
+  except (OSError, InputError) as error:
+    reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is no regular file"
+    return FileKind("unreadable", f"it cannot be read ({reason}). Check the path and its permissions.")
   if path.suffix in UNFINISHED:
     return _UNFINISHED
   if not head:
@@ -89,11 +93,3 @@ def _text_kind(head: bytes) -> FileKind | None:
   if text.startswith(("{", "[")):
     return FileKind("json", "it is JSON text. Pass the folder that holds config.json and the weights.")
   return FileKind("text", "it is a text file. Pass a Hugging Face folder or a GGUF file.")
-
-
-def _mode_name(mode: int) -> str:
-  names = (
-    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-  )  # fmt: skip
-  return next((name for test, name in names if test(mode)), "no regular file")

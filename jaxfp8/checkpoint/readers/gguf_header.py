@@ -16,6 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_kinds import FETCH_AGAIN, describe
 from jaxfp8.errors import InputError
 
@@ -55,7 +56,7 @@ def read_header(path: pathlib.Path) -> GgufHeader:
   if not path.is_file():
     raise InputError(f"readers: {path} is not a whole GGUF file: {describe(path).sentence}")
   try:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with regular_files.open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
       if data[:4] != b"GGUF":
         raise InputError(f"readers: {path} is not a whole GGUF file: {describe(path).sentence}")
       return _Parser(path, data).header()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers import dialects
 from jaxfp8.checkpoint.readers.huggingface_config import config_notes, read_folder_config
 from jaxfp8.checkpoint.readers.huggingface_tokenizer import TEXT_FILES, FolderTokenizer
@@ -50,6 +51,7 @@ class HuggingFaceSource(Source):
         f"readers: {folder} holds a LoRA adapter ({ADAPTER}), which changes the weights. Merge it (merge_and_unload of peft), "
         "or remove the adapter's files."
       )
+    folder_files(folder)  # which refuses pipes, devices, and links out of the folder
     self._tokenizer = FolderTokenizer(folder)
     self._headers: dict[str, Header] = {}
     for path in _shard_paths(folder):
@@ -144,9 +146,15 @@ class HuggingFaceSource(Source):
 
 
 def folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files whose content determines weights, config and tokenizer. Parses only the index."""
+  """The files whose content determines weights, config and tokenizer. Parses only the index.
+
+  Raises InputError for one that is not regular, or that a link leads to out of the folder.
+  """
   beside = ("config.json", "generation_config.json", "hf_quant_config.json", _INDEX, *TEXT_FILES)
-  return [*(folder / name for name in beside if (folder / name).exists()), *_shard_paths(folder)]
+  files = [*(folder / name for name in beside if (folder / name).exists()), *_shard_paths(folder)]
+  for path in files:
+    regular_files.require_regular(path, within=folder)
+  return files
 
 
 def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -176,7 +184,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
   if not isinstance(mapping, dict) or not mapping:
     raise InputError(f"readers: {folder / _INDEX} must hold a weight_map of tensor names to shards. Fetch the index again.")
   for shard in mapping.values():
-    # Names only: a path could leave the folder. (Symlinks are followed, since download caches are made of them.)
+    # Names only: a path could leave the folder.
     if not isinstance(shard, str) or not re.fullmatch(r"(?!\.{1,2}$)[^/\\\x00-\x1f\ud800-\udfff]{1,200}", shard):
       raise InputError(
         f"readers: shards must lie in the checkpoint's own folder; {folder / _INDEX} names {shard!r}. Fetch the index again."

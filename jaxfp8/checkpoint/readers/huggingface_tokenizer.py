@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.json_file import as_list, parse_json, read_json
 from jaxfp8.checkpoint.readers.source import read_text
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
@@ -69,7 +70,7 @@ class FolderTokenizer:
     path = self.folder / _TOKENIZER
     if not path.exists():
       raise InputError(f"readers: text needs a tokenizer, and {self.folder} has {self._what_is_there()}, or pass token ids.")
-    text = read_text(path)
+    text = read_text(path, regular_files.TOKENIZER_BYTES)
     return text, parse_json(text, path)
 
   def _what_is_there(self) -> str:

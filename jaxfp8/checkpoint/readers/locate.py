@@ -9,12 +9,14 @@ import os
 import pathlib
 import re
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_kinds import UNFINISHED, describe
 from jaxfp8.errors import InputError
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _BESIDE_MODELS = ("mmproj", "imatrix")  # in the names of GGUF files that are no models and stand beside them
+_REVISION_BYTES = 1000
 _ROOTS = ("models--", "datasets--", "spaces--")
 # What a folder without config.json and GGUF holds: (glob, sentence). The first that matches is said.
 _FOREIGN = (
@@ -74,7 +76,8 @@ def absolute(path: str | os.PathLike) -> pathlib.Path:
 def gguf_parts(path: pathlib.Path) -> list[pathlib.Path]:
   """All parts of the GGUF model that `path` is a part of, by their names; [path] for a name that is not that of a part.
 
-  Raises InputError, naming it, for a part that is missing.
+  Raises InputError, naming it, for a part that is missing, and for a link of one that leads neither into the folder nor to the
+  place of the named part.
   """
   match = _PART.fullmatch(path.name)
   if match is None:
@@ -87,6 +90,7 @@ def gguf_parts(path: pathlib.Path) -> list[pathlib.Path]:
     part = path.with_name(f"{match['stem']}-{index:05}-of-{count:05}.gguf")
     if not part.exists():
       raise InputError(f"readers: part {index} of {count}, {part}, is missing{unfinished(part)}. Fetch it, beside the others.")
+    regular_files.require_link(part, path.parent, pathlib.Path(os.path.realpath(path)).parent)
     parts.append(part)
   return parts
 
@@ -100,6 +104,7 @@ def _in_folder(folder: pathlib.Path) -> pathlib.Path:
     return _in_folder(_snapshot(folder))
   models = _gguf_models(folder)
   if len(models) == 1:
+    regular_files.require_link(models[0], folder)
     return models[0]
   if models:
     names = ", ".join(model.name for model in models[:5])
@@ -117,7 +122,8 @@ def _snapshot(folder: pathlib.Path) -> pathlib.Path:
   """The snapshot of a folder of the Hub's cache, `models--ORGANIZATION--NAME`, that refs/main names, or the only one."""
   snapshots = sorted(entry for entry in (folder / "snapshots").iterdir() if entry.is_dir())
   main = folder / "refs" / "main"
-  revision = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+  content = regular_files.read_bytes(main, _REVISION_BYTES, within=folder) if main.is_file() else b""
+  revision = content.decode(errors="replace").strip()
   for snapshot in snapshots:
     if snapshot.name == revision or len(snapshots) == 1:
       return snapshot

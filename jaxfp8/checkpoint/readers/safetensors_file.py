@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_bytes import read_bytes
 from jaxfp8.checkpoint.readers.file_kinds import FETCH_AGAIN, describe
 from jaxfp8.checkpoint.readers.source import FLOAT8
@@ -51,6 +52,7 @@ class Header:
 
 def read_headers(path: pathlib.Path) -> dict[str, Header]:
   """The header of every tensor. Raises InputError, naming the tensor at fault, for a file that is no whole safetensors file."""
+  regular_files.require_link(path, path.parent)
   kind = describe(path)
   if kind.name not in ("safetensors", "other"):
     raise InputError(f"readers: {path} is not a whole safetensors file: {kind.sentence}")
@@ -80,7 +82,7 @@ def read_tensor(name: str, header: Header) -> np.ndarray:
 def _read_json_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
   """(bytes of the JSON header, its entries without __metadata__)."""
   size = path.stat().st_size
-  with open(path, "rb") as file:
+  with regular_files.open_file(path, within=path.parent) as file:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
       raise _refuse(path, f"the header says that it is {length} bytes long, and the file has {size}")

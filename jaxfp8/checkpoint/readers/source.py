@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 import ml_dtypes
 import numpy as np
 
+from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_kinds import LFS_POINTER, LFS_TEXT
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
@@ -221,15 +222,13 @@ def some_of(names: Collection[str]) -> str:
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_text(path: pathlib.Path) -> str:
-  """The text of a file, or of the file that a link leads to, without a byte-order mark.
+def read_text(path: pathlib.Path, max_bytes: int = regular_files.TEXT_BYTES) -> str:
+  """The text of a file of a model's folder, without a byte-order mark.
 
-  Raises InputError for anything else, such as a device.
+  Raises InputError for a file that is not regular, that a link leads to out of the folder, or that is too large.
   """
-  if path.exists() and not path.is_file():
-    raise InputError(f"readers: {path} must be a file. Fetch the checkpoint again.")
-  try:
-    text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+  try:  # without the mark that some editors put first
+    text = regular_files.read_text(path, max_bytes, within=path.parent, encoding="utf-8-sig")
   except (OSError, UnicodeDecodeError) as error:
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     raise InputError(f"readers: cannot read {path}: {reason}. Fetch the file again.") from error
