@@ -9,8 +9,7 @@
 Names are imported when they are first used, so that `import jaxfp8` alone costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # no module is imported before a command has left the working directory (search_path.py)
 
 # For type checkers and editors. A test compares these imports with _HOME.
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ if not TYPE_CHECKING:  # a type checker knows the names from the imports above, 
   __all__ = sorted(_HOME)
 
   def __getattr__(name: str):
+    import importlib
+
     if name == "__version__":  # reading the package's metadata takes longer than importing the package
       value = importlib.import_module("importlib.metadata").version("jaxfp8")
       globals()[name] = value

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jaxfp8 import search_path
 from jaxfp8.errors import InputError
 from jaxfp8.terminal import make_visible
 
@@ -63,16 +64,22 @@ class Reply:
 
 
 def command_line(child: Child, *arguments: str, isolated: bool = False) -> list[str]:
-  """isolated: runs the file alone, so that neither the current folder nor the file's folder is searched for modules."""
+  """-P: no module comes from the working directory. isolated: runs the file alone, without the package around it."""
   if isolated:
     path = pathlib.Path(__file__).parent.parent.joinpath(*child.value.split(".")).with_suffix(".py")
     return [sys.executable, "-P", str(path), *arguments]
-  return [sys.executable, "-m", child.value, *arguments]
+  return [sys.executable, "-P", "-m", child.value, *arguments]
 
 
-def start(child: Child, *arguments: str, isolated: bool = False, **options) -> subprocess.Popen:
-  """Starts a child that is more than one request; `options` are those of subprocess.Popen."""
-  return subprocess.Popen(command_line(child, *arguments, isolated=isolated), **options)
+def start(
+  child: Child, *arguments: str, isolated: bool = False, variables: Mapping[str, str] | None = None, **options
+) -> subprocess.Popen:
+  """Starts a child that is more than one request.
+
+  variables: changes of the environment. options: those of subprocess.Popen.
+  """
+  environment = search_path.child_variables({**os.environ, **(variables or {})})
+  return subprocess.Popen(command_line(child, *arguments, isolated=isolated), env=environment, **options)
 
 
 def ask(
@@ -93,7 +100,7 @@ def ask(
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=None if show_errors else subprocess.PIPE,
-    env={**os.environ, **(variables or {})},
+    variables=variables,
   )
   line = json.dumps(request).encode() + b"\n"
   with process:

@@ -24,6 +24,7 @@ NO_JAX = [
   "child_process",
   "private_files",
   "regular_files",
+  "search_path",
   "planning.devices",
   "planning.roofline",
   "planning.deployment",

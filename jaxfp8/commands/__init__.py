@@ -7,5 +7,9 @@
     plan, convert, inspect, export, calibrate, evaluate, benchmark, compile, validate_gpu, env
 
 A module loads jax inside its `main` alone. This room may import every other room; no room imports it. It refuses to compute:
-commands read flags, call the rooms above, and print.
+commands read flags, call the rooms above, and print. The working directory is left first of all (search_path.py).
 """
+
+from jaxfp8 import search_path
+
+search_path.leave_working_directory()

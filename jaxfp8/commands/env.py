@@ -12,13 +12,12 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 import sys
 
 from absl import flags
 
-from jaxfp8 import host_memory
+from jaxfp8 import host_memory, search_path
 from jaxfp8.commands import command
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.terminal import show, show_json
@@ -111,7 +110,7 @@ def driver_version() -> str | None:
 
 
 def _nvidia_smi(fields: str) -> list[list[str]]:
-  program = shutil.which("nvidia-smi")
+  program = search_path.find_program("nvidia-smi")
   if not program:
     return []
   try:

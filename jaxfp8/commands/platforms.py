@@ -46,7 +46,7 @@ def check_xla_flags() -> None:
     return
   try:
     ended = subprocess.run(
-      [sys.executable, "-c", _TRIAL], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_SECONDS, check=False
+      [sys.executable, "-P", "-c", _TRIAL], stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_SECONDS, check=False
     )
   except (OSError, subprocess.SubprocessError):
     return

@@ -97,6 +97,14 @@ def test_a_link_to_a_private_file(folder, secret, tmp_path, name):
   assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
+def test_links_in_a_circle(folder):
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors").symlink_to("model.safetensors")
+  (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+  for call in (readers.open_source, readers.source_files):
+    refused(call, folder)
+
+
 def test_links_into_the_folder_and_to_the_folder_are_followed(folder, tmp_path):
   (folder / "below").mkdir()
   (folder / "config.json").rename(folder / "below" / "c")

@@ -9,6 +9,7 @@ Where the headers of the tensors and the config disagree, the headers are right.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -153,7 +154,10 @@ def folder_files(folder: pathlib.Path) -> list[pathlib.Path]:
   beside = ("config.json", "generation_config.json", "hf_quant_config.json", _INDEX, *TEXT_FILES)
   files = [*(folder / name for name in beside if (folder / name).exists()), *_shard_paths(folder)]
   for path in files:
-    regular_files.require_regular(path, within=folder)
+    try:
+      regular_files.require_regular(path, within=folder)
+    except OSError as error:
+      raise InputError(f"readers: cannot read {path}: {os.strerror(error.errno or 0)}. Fetch the checkpoint again.") from error
   return files
 
 
