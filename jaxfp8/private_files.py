@@ -62,9 +62,12 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 def open_lock(path: pathlib.Path) -> BinaryIO:
-  """The file of a lock, which is made if it is missing, and whose content stays. Raises NotPrivate, or OSError."""
+  """The file of a lock, which is made if it is missing, and whose content stays. Raises NotPrivate, or OSError.
+
+  An earlier version's file may be open to others: it gets the mode 0600, since nobody reads it.
+  """
   make_folder(path.parent)
-  return os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+b")
+  return os.fdopen(_open(path, os.O_RDWR | os.O_CREAT, close=True), "r+b")
 
 
 def open_own(path: pathlib.Path) -> BinaryIO:
@@ -144,8 +147,8 @@ def _close(folder: pathlib.Path) -> None:
       os.close(descriptor)
 
 
-def _open(path: pathlib.Path, flags: int) -> int:
-  """The descriptor of a regular file of this user; does not wait for the writer of a pipe."""
+def _open(path: pathlib.Path, flags: int, *, close: bool = False) -> int:
+  """The descriptor of a regular file of this user; does not wait for the writer of a pipe. close: give it the mode 0600."""
   try:
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, FILE_MODE)
   except OSError as error:
@@ -156,6 +159,9 @@ def _open(path: pathlib.Path, flags: int) -> int:
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):
       raise NotPrivate(f"{path} is no regular file")
+    if close and info.st_uid == os.geteuid():
+      os.fchmod(descriptor, FILE_MODE)
+      info = os.fstat(descriptor)
     _require_own(path, info)
   except BaseException:
     os.close(descriptor)

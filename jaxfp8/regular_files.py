@@ -13,7 +13,6 @@ import io
 import os
 import pathlib
 import stat
-from typing import BinaryIO
 
 from jaxfp8.errors import InputError
 
@@ -22,7 +21,7 @@ TOKENIZER_BYTES = 512 << 20  # of tokenizer.json, and of a text for calibration
 _GIVEN_AGAIN = "Fetch the file again, or pass a regular file."
 
 
-def open_file(path: str | os.PathLike, *, within: pathlib.Path | None = None) -> BinaryIO:
+def open_file(path: str | os.PathLike, *, within: pathlib.Path | None = None) -> io.BufferedReader:
   """Opens a regular file to read it.
 
   Raises InputError for anything else and for a link out of `within`, and OSError for a file that cannot be opened.

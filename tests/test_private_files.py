@@ -159,7 +159,7 @@ class TestModes:
     finally:
       os.umask(before)
     found = {path.name: mode(path) for path in (tmp_path / "deep", *(tmp_path / "deep").rglob("*"))}
-    assert found == dict.fromkeys(("deep", "cache", "programs", "locks"), 448) | {"step": 0o600, "a": 0o600 & ~umask}
+    assert found == dict.fromkeys(("deep", "cache", "programs", "locks"), 448) | {"step": 0o600, "a": 0o600}
 
   def test_an_earlier_versions_cache_is_closed(self, tmp_path):
     for name in ("cache/programs", "cache/tuned/fp8_matmul", "cache/checkpoints"):
@@ -190,6 +190,20 @@ class TestModes:
         private_files.open_cache(cache)
     assert mode(tmp_path) == 0o777
     tmp_path.chmod(0o700)
+
+  def test_files_that_an_earlier_version_left_open_to_others(self, cache, tmp_path):
+    (cache / "locks").mkdir()
+    (cache / "locks" / "a").touch()
+    (cache / "locks" / "a").chmod(0o666)
+    private_files.open_lock(cache / "locks" / "a").close()
+    assert mode(cache / "locks" / "a") == 0o600
+    before = os.umask(0)
+    try:
+      Journal.create(tmp_path / "a.journal", "work").close()
+    finally:
+      os.umask(before)
+    assert mode(tmp_path / "a.journal") == 0o600
+    assert Journal.take(tmp_path / "a.journal").work == "work"
 
 
 class TestWay:

@@ -39,7 +39,8 @@ class Journal:
   @classmethod
   def create(cls, path: pathlib.Path, work: str) -> "Journal | None":
     """None if, before it was locked, another writer took the new file for a dead writer's and removed it."""
-    file = open(path, "x+b")  # noqa: SIM115 - held while the writer lives
+    # Held while the writer lives. `take` refuses a file that others could have written.
+    file = open(path, "x+b", opener=lambda name, flags: os.open(name, flags, private_files.FILE_MODE))  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
     if not os.fstat(file.fileno()).st_nlink:
       file.close()
