@@ -39,6 +39,7 @@ class Child(enum.StrEnum):
   CONVERSION = "jaxfp8.serving.conversion_child"
   GENERATE = "jaxfp8.generate"
   GPU_VALIDATION = "jaxfp8.commands.gpu_validation.stages"
+  TOKENIZER = "jaxfp8.text.tokenizer_child"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The record of a checkpoint's tokenizer: readers make it, checkpoints store it, `Tokenizer` uses it."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +15,7 @@ class TokenizerFiles:
   add_bos: whether a raw prompt gets a BOS token that tokenizer.json does not write; of checkpoints that an older jaxfp8 wrote.
   special_in_chats: whether tokenizer.json's post-processor acts on chats too, as llama.cpp does with a GGUF file. If not, a
     chat has the special tokens that its template writes, as in transformers.
+  document: tokenizer_json, parsed, of a reader that has parsed it. Nothing stores it.
   """
 
   tokenizer_json: str
@@ -20,3 +23,4 @@ class TokenizerFiles:
   special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
   add_bos: bool = False
   special_in_chats: bool = False
+  document: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)

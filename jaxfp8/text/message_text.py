@@ -9,6 +9,7 @@ Special tokens of the template then get secret names, and a second tokenizer kno
 "<|eot_id|>" in a message is text like any other, cut and merged as if it were no token. Refuses to know templates and models.
 """
 
+import bisect
 import functools
 import itertools
 import json
@@ -17,9 +18,8 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tokenizers
-
 from jaxfp8.errors import InputError
+from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -35,17 +35,18 @@ class MessageText:
   (`<...>`, `[...]`) that the template's source holds, since some models' roles are such tokens.
   """
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, tokenizer_json: str, template: str):
+  def __init__(self, tokenizer: BoundedTokenizer, tokenizer_json: str, template: str):
     self._tokenizer, self._json, self._template = tokenizer, tokenizer_json, template
     added = tokenizer.get_added_tokens_decoder()
     is_own = {t.content: t.special or (_TAG.fullmatch(t.content) and t.content in template) for t in added.values()}
     self._ids = {token.content: i for i, token in added.items() if token.content and is_own[token.content]}
     self._has_normalized = any(token.normalized for token in added.values() if token.content in self._ids)
     lower = [text.lower() for text in self._ids]
-    self._lower = tuple(lower)
+    self._lower = frozenset(lower)
+    self._sizes = sorted({len(text) for text in lower})
+    self._first = re.compile(f"[{re.escape(''.join({text[0] for text in lower}))}]" if lower else "(?!)")
     self._longest = max(map(len, lower), default=0)
-    self._starts = {text[:size] for text in lower for size in range(1, len(text))}
-    self._ends = {text[size:] for text in lower for size in range(1, len(text))}
+    self._starts, self._ends = sorted(lower), sorted(text[::-1] for text in lower)
     self._names = {text: f"{chr(_MARKS[0])}{secrets.token_hex(8)}{text}" for text in self._ids}
 
   def marked(self, messages: Messages) -> list[Any]:
@@ -92,10 +93,11 @@ class MessageText:
 
   def _holds(self, text: str) -> bool:
     lower = text.lower()
-    if any(token in lower for token in self._lower):
+    places = (match.start() for match in self._first.finditer(lower))
+    if any(lower[place : place + size] in self._lower for place in places for size in self._sizes):
       return True
-    normalizer = self._tokenizer.normalizer if self._has_normalized else None
-    return normalizer is not None and any(token in normalizer.normalize_str(text) for token in self._ids)
+    normalized = self._tokenizer.normalized(text) if self._has_normalized else ""
+    return normalized is None or any(token in normalized for token in self._ids)
 
   def _may_join(self, text: str, key: str) -> bool:
     """Whether the text could become a special token together with its neighbours, which a role may: `<|user|>`."""
@@ -103,7 +105,7 @@ class MessageText:
     if key == "role" or not inner:
       return False
     sizes = range(1, min(len(inner), self._longest) + 1)
-    return any(inner[-size:] in self._starts or inner[:size] in self._ends for size in sizes) or (
+    return any(_begins_one(self._starts, inner[-size:]) or _begins_one(self._ends, inner[:size][::-1]) for size in sizes) or (
       len(inner) < self._longest and any(inner in token for token in self._lower)
     )
 
@@ -116,7 +118,9 @@ class MessageText:
     """The text with the secret names of the special tokens that the template wrote: no mark is in them or around them."""
     of_messages = [(i, j) for (i, opens), (j, also) in itertools.pairwise(marks) if opens and not also]
     names = {self._ids[token]: name for token, name in self._names.items()}
-    plain = self._tokenizer.encode(text, add_special_tokens=False)
+    plain = self._tokenizer.encode(text, add_special_tokens=False, with_offsets=True)
+    places = [place for place, _ in marks]  # in order, and so are the texts of messages, which do not overlap
+    starts = [start for start, _ in of_messages]
     pieces, end = [], 0
     for token_id, (first, last) in zip(plain.ids, plain.offsets, strict=True):
       if token_id not in names or first < end:
@@ -124,29 +128,34 @@ class MessageText:
       inner = text[first:last].strip() or text[first:last]
       first += text[first:last].index(inner)
       last = first + len(inner)
-      is_cut = any(first < place < last for place, _ in marks)
-      if not is_cut and not any(i < last and first < j for i, j in of_messages):
+      is_cut = bisect.bisect_right(places, first) < bisect.bisect_left(places, last)
+      message = bisect.bisect_left(starts, last) - 1
+      if not is_cut and not (message >= 0 and first < of_messages[message][1]):
         pieces += [text[end:first], names[token_id]]
         end = last
     return "".join([*pieces, text[end:]])
 
   @functools.cached_property
-  def _renamed(self) -> tokenizers.Tokenizer:
+  def _renamed(self) -> BoundedTokenizer:
     """The tokenizer with the special tokens under their secret names, and with the same ids."""
     document = json.loads(self._json)
     for token in document["added_tokens"]:
       token["content"] = self._names.get(token["content"], token["content"])
     _rename_in_model(document["model"], self._ids, self._names)
     try:
-      renamed = tokenizers.Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # the library raises bare Exception
-      raise _unusable(str(error)) from error
-    renamed.no_truncation()
-    renamed.no_padding()
+      renamed = BoundedTokenizer(json.dumps(document), document)
+    except InputError as error:
+      raise _unusable(str(error).removesuffix(".")) from error
     for i, token in self._tokenizer.get_added_tokens_decoder().items():
       if renamed.token_to_id(self._names.get(token.content, token.content)) != i:
         raise _unusable(f"the token {token.content!r} has no place of its own")
     return renamed
+
+
+def _begins_one(texts: Sequence[str], start: str) -> bool:
+  """Whether one of these sorted texts is longer and begins so."""
+  place = bisect.bisect_right(texts, start)
+  return place < len(texts) and texts[place].startswith(start)
 
 
 def _rename_in_model(model: dict[str, Any], ids: Mapping[str, int], names: Mapping[str, str]) -> None:

@@ -9,11 +9,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import tokenizers
-
 from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
+from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
 from jaxfp8.text.chat_template import ChatTemplate
 from jaxfp8.text.message_text import MessageText
 
@@ -22,16 +21,11 @@ _MAX_HELD = 64  # tokens; a character takes at most four, so text that is undeco
 
 
 class Tokenizer:
-  """The tokenizer of one model. Raises InputError if the tokenizers library cannot read the files."""
+  """The tokenizer of one model. Raises InputError as `BoundedTokenizer` does."""
 
   def __init__(self, files: TokenizerFiles):
     self._files = files
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(files.tokenizer_json)
-    except Exception as error:  # the library raises bare Exception
-      raise InputError(f"tokenizer: tokenizer.json cannot be read: {error}. Fetch it again with the checkpoint.") from error
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
+    self._tokenizer = BoundedTokenizer(files.tokenizer_json, files.document)
     self.bos_id = self._named_id("bos_token")
     self.eos_id = self._named_id("eos_token")
     self._special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -49,7 +43,7 @@ class Tokenizer:
   @property
   def vocab_size(self) -> int:
     """The number of ids that have a text. A model's V may be larger."""
-    return self._tokenizer.get_vocab_size(with_added_tokens=True)
+    return self._tokenizer.get_vocab_size()
 
   @property
   def has_chat_template(self) -> bool:
@@ -64,14 +58,15 @@ class Tokenizer:
     """The id of the special token that is written exactly so, or None."""
     return self._special_ids.get(text)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
     """The ids of a raw prompt, with the BOS or EOS that the tokenizer writes. Special tokens written in the text are tokens:
     whoever writes a raw prompt writes all of it.
 
     A text that begins with BOS's own text gets a second BOS, as in transformers and llama.cpp (`has_two_bos`). Raises
-    InputError for text with lone surrogates.
+    InputError for text with lone surrogates, for text that cannot be encoded in bounded time and memory, and early for text
+    that must have more than `max_tokens`; where that is not certain the caller counts the ids.
     """
-    ids = self._encode(text, add_special=True)
+    ids = self._encode(text, True, max_tokens)
     if self._files.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
       ids.insert(0, self.bos_id)
     return ids
@@ -80,18 +75,21 @@ class Tokenizer:
     """Whether ids begin with BOS twice: then the prompt's text had one that the tokenizer writes already."""
     return self.bos_id is not None and list(ids[:2]) == [self.bos_id] * 2
 
-  def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+  def chat(
+    self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, max_tokens: int | None = None
+  ) -> list[int]:
     """The ids of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
     BOS is present if the template writes it, as in transformers; of a GGUF file also if the file says so, as in llama.cpp.
     It is there once. Special tokens are those that the template writes: their text in a message is text (in transformers and
     llama.cpp it becomes tokens, with which a stranger's text could end a message and begin one in another's name).
 
-    Raises InputError as `chat_text` does, and for a template that computes with the text of a special token in a message.
+    Raises InputError as `chat_text` does, as `encode` does, and for a template that computes with the text of a special token
+    in a message. max_tokens: as for `encode`.
     """
     variants, add_special = self._messages.marked(messages), self._files.special_in_chats
     text, *rendered = self._require_template().render_all([messages, *variants], add_generation_prompt)
-    ids = self._encode(text, add_special)
+    ids = self._encode(text, add_special, max_tokens)
     if variants:
       ids = self._messages.encode(text, rendered, messages, add_special=add_special)
     while self.has_two_bos(ids):
@@ -123,11 +121,13 @@ class Tokenizer:
   def stream(self) -> "TextStream":
     return TextStream(self)
 
-  def _encode(self, text: str, add_special: bool) -> list[int]:
-    try:
-      text.encode("utf-8")  # for a lone surrogate the library itself raises TypeError
-    except UnicodeEncodeError as error:
-      raise InputError(f"tokenizer: text must be Unicode; got {error.object[error.start]!r}. Decode it as UTF-8.") from error
+  def _encode(self, text: str, add_special: bool, max_tokens: int | None) -> list[int]:
+    covers = self._tokenizer.chars_per_token
+    if max_tokens is not None and covers is not None and len(text) > max_tokens * covers:
+      raise InputError(
+        f"tokenizer: the prompt has {len(text)} characters; the context holds {max_tokens} tokens, and a token of this model "
+        f"has at most {covers} characters. Shorten it."
+      )
     return self._tokenizer.encode(text, add_special_tokens=add_special).ids
 
   def _named_id(self, name: str) -> int | None:

@@ -255,7 +255,7 @@ def test_messages_that_are_no_text():
 def test_the_child_ends_with_its_template():
   chat = ChatTemplate("x", {})
   chat.render(SOME)
-  child = chat._child
+  child = chat._child.process
   del chat
   assert child.poll() is not None
 

@@ -62,6 +62,11 @@ _DEEPSEEK_LETTERS = (
 )
 _JAIS2_SPACES = "|" + "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
 
+_SUPERBPE = r"(?=([0-9]{3})+(?![0-9]))"
+_TRAILING = r"\s+\z"
+# Their time grows with the square of a text without digits, of digits, or of spaces.
+QUADRATIC_CUTS = frozenset((_THREE_FROM_THE_RIGHT, _SUPERBPE, _TRAILING))
+
 # The names that each sequence of cuts has.
 _TABLE: tuple[tuple[tuple[str, ...], str], ...] = (
   ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]"), "default"),
@@ -92,7 +97,7 @@ _TABLE: tuple[tuple[tuple[str, ...], str], ...] = (
   (
     (
       r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", "\\s?[!-/:-~\uFF01-\uFF0F\uFF1A-\uFF5E\u2018-\u201F\u3001-\u3002]+",
-      r"\s+\z", _CJK_AND_KOREAN, _DIGITS,
+      _TRAILING, _CJK_AND_KOREAN, _DIGITS,
     ),
     "deepseek-llm",
   ),
@@ -117,7 +122,7 @@ _TABLE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     "chameleon",
   ),
-  ((_DIGITS, r"(?=([0-9]{3})+(?![0-9]))"), "superbpe"),
+  ((_DIGITS, _SUPERBPE), "superbpe"),
   ((f"{_HAN}+|" + _words(_THREE_DIGITS, "", rf"{_SIGN}(?:(?!{_HAN})\p{{L}})+{_SHORT}?"),), "kimi-k2"),
 )  # fmt: skip
 

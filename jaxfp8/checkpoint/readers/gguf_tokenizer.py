@@ -45,6 +45,7 @@ def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> Tokenize
     chat_template=metadata.get("tokenizer.chat_template"),
     special_tokens={f"{name}_token": token for name, token in special.items()},
     special_in_chats=True,
+    document=document,
   )
 
 

@@ -32,9 +32,8 @@ class FolderTokenizer:
     text, document = self._document
     special = self._special
     changed = self._as_transformers_reads(text, document, special)
-    return TokenizerFiles(
-      text if changed is document else json.dumps(changed, ensure_ascii=False), self._chat_template(), special
-    )
+    text = text if changed is document else json.dumps(changed, ensure_ascii=False)
+    return TokenizerFiles(text, self._chat_template(), special, document=changed)
 
   def _as_transformers_reads(self, text: str, document: dict[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
     """tokenizer.json as transformers 5.24 uses it (its post-processor alone decides on BOS, whatever add_bos_token says).
