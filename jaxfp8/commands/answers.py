@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from jaxfp8.errors import InputError
 from jaxfp8.terminal import one_line, say
 
+_MAX_LINE = 64 << 20  # characters of a line on stdin, as of --prompt_file
 
-def encode_raw(tokenizer, text: str) -> list[int]:
+
+def encode_raw(tokenizer, text: str, max_tokens: int | None = None) -> list[int]:
   """The ids of a prompt without a chat template; a note on stderr if they begin with two BOS tokens."""
-  ids = tokenizer.encode(text)
+  ids = tokenizer.encode(text, max_tokens=max_tokens)
   if tokenizer.has_two_bos(ids):
     bos = tokenizer.token_text(tokenizer.bos_id)
     say(f"generate: the prompt begins with two BOS tokens: this model's tokenizer writes one. Leave out {bos!r}.")
@@ -31,17 +33,18 @@ class _OrderedPrinter:
   """Prints answers one after the other: the first as its text comes, every other one when those before it are complete."""
 
   def __init__(self, prompts: Sequence[str]):
-    self.prompts, self.held_texts, self.complete = prompts, [""] * len(prompts), [False] * len(prompts)
+    self.prompts, self.complete = prompts, [False] * len(prompts)
+    self.held_texts: list[list[str]] = [[] for _ in prompts]
     self.turn = -1
 
   def push(self, delta) -> None:
-    self.held_texts[delta.request_id] += delta.text
+    self.held_texts[delta.request_id].append(delta.text)
     self.complete[delta.request_id] = delta.completion is not None
     if self.turn < 0:
       self._next()
     while self.turn < len(self.prompts):
-      print(self.held_texts[self.turn], end="", flush=True)
-      self.held_texts[self.turn] = ""
+      print("".join(self.held_texts[self.turn]), end="", flush=True)
+      self.held_texts[self.turn] = []
       if not self.complete[self.turn]:
         return
       print(flush=True)
@@ -65,7 +68,11 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
   while True:
     if sys.stdin.isatty():
       print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    line = sys.stdin.readline(_MAX_LINE)
+    if len(line) == _MAX_LINE and not line.endswith("\n"):
+      _skip_line()
+      say(f"generate: a prompt may have {_MAX_LINE >> 20} million characters, and this line has more. Write a shorter one.")
+      continue
     if first:
       line, first = line.removeprefix("\ufeff"), False
     if not line:
@@ -78,7 +85,8 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
       continue
     turn = [*history, {"role": "user", "content": line.strip()}]
     try:
-      prompt = tokenizer.chat(turn) if chat else encode_raw(tokenizer, line)
+      context = engine.config.max_context
+      prompt = tokenizer.chat(turn, max_tokens=context) if chat else encode_raw(tokenizer, line, context)
       requests = followers.share([Request(tuple(prompt), params)])
       (completion,) = answer(engine, requests or [], [line], show=True)
     except InputError as error:
@@ -88,6 +96,12 @@ def converse(engine, tokenizer, params, *, chat: bool, system: Sequence[dict[str
     completions.append(completion)
     if chat:
       history = [*turn, {"role": "assistant", "content": completion.text}]
+
+
+def _skip_line() -> None:
+  """Reads the rest of a line that is too long."""
+  while (part := sys.stdin.readline(1 << 20)) and not part.endswith("\n"):
+    pass
 
 
 def _is_text(line: str) -> bool:

@@ -133,12 +133,14 @@ def _run(prompts: list[str], started: float) -> int:
   with Progress(silent=not processes.is_first()) as progress:
     loaded = startup.open_model(_load_options(), progress)
     tokenizer = loaded.tokenizer()
-    chat = _is_chat(tokenizer, loaded.name)
+    chat, max_context = _is_chat(tokenizer, loaded.name), loaded.model.config.max_context
     requests: list[Request] = []
     if FLAGS.interactive:
-      lengths = [(loaded.model.config.max_context - 1, 1), (1, 1)]
+      lengths = [(max_context - 1, 1), (1, 1)]
     else:
-      requests = followers.share([Request(tuple(_encode(tokenizer, prompt, chat)), params) for prompt in prompts]) or []
+      requests = (
+        followers.share([Request(tuple(_encode(tokenizer, prompt, chat, max_context)), params) for prompt in prompts]) or []
+      )
       lengths = [(len(request.prompt), params.max_new_tokens) for request in requests]
     engine = Engine(loaded.model, tokenizer, mesh=loaded.mesh, limits=startup.limits_for(loaded.model, loaded.mesh, lengths))
     for request in requests:
@@ -234,8 +236,10 @@ def _is_chat(tokenizer, name: str) -> bool:
   return tokenizer.has_chat_template and not FLAGS.raw
 
 
-def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
-  return tokenizer.chat([*_system(), {"role": "user", "content": prompt}]) if chat else answers.encode_raw(tokenizer, prompt)
+def _encode(tokenizer, prompt: str, chat: bool, max_tokens: int) -> list[int]:
+  if chat:
+    return tokenizer.chat([*_system(), {"role": "user", "content": prompt}], max_tokens=max_tokens)
+  return answers.encode_raw(tokenizer, prompt, max_tokens)
 
 
 def _system() -> list[dict[str, str]]:

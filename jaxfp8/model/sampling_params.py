@@ -11,6 +11,7 @@ import numpy as np
 from jaxfp8.errors import InputError
 
 MAX_SEED = 2**64 - 1
+_MAX_STOP = 4096  # characters of a stop string, which are held back before they are certain
 _LEAST_TEMPERATURE = (
   1e-30  # below it logits / temperature overflows; the noise could change only the choice between equal logits
 )
@@ -70,7 +71,7 @@ class SamplingParams:
       ("top_k", 0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2^31"),
       ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-      ("stop", _all(self.stop, lambda s: isinstance(s, str) and s), "strings that are not empty, in a tuple"),
+      ("stop", _all(self.stop, _is_stop), f"strings that are not empty, of at most {_MAX_STOP} characters, in a tuple"),
       ("stop_token_ids", _all(self.stop_token_ids, _is_token_id), "token ids, in a tuple"),
       ("logprobs", self.logprobs is None or 0 <= self.logprobs < 2**31, "None or at least 0 and below 2^31"),
     )
@@ -104,6 +105,10 @@ def as_float32(name: str, value: Any) -> float:
 
 def _all(values: Any, holds: Callable[[Any], Any]) -> bool:
   return isinstance(values, (tuple, list)) and all(map(holds, values))
+
+
+def _is_stop(value: Any) -> bool:
+  return isinstance(value, str) and 1 <= len(value) <= _MAX_STOP
 
 
 def _is_token_id(value: Any) -> bool:

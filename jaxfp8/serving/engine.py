@@ -164,10 +164,11 @@ class Engine:
 
     Raises InputError for an empty prompt, for ids outside of the vocabulary, and for a prompt that fills the context.
     """
+    room = min(self.config.max_context, self.limits.max_pages * self.limits.page_size)
     if isinstance(prompt, str):
       if self.tokenizer is None:
         raise InputError("engine: text prompts need a tokenizer, and this checkpoint has none. Pass token ids.")
-      prompt = self.tokenizer.encode(prompt)
+      prompt = self.tokenizer.encode(prompt, max_tokens=room)
     tokens = [int(token) for token in prompt]
     if not tokens:
       raise InputError("engine: the prompt is empty. Give at least one token.")
@@ -175,7 +176,6 @@ class Engine:
       raise InputError(
         f"engine: token ids must be between 0 and {self.config.vocab_size - 1}; got {min(tokens)} .. {max(tokens)}."
       )
-    room = min(self.config.max_context, self.limits.max_pages * self.limits.page_size)
     if len(tokens) >= room:
       raise InputError(
         f"engine: the prompt has {len(tokens)} tokens; the context holds {room}, and one must be left to answer. Shorten it."

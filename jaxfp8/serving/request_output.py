@@ -90,18 +90,18 @@ class StopStrings:
   """Passes text through up to the first stop string. Holds back a suffix that may be the beginning of a stop string."""
 
   def __init__(self, stops: tuple[str, ...]):
-    self.stops, self.found, self._held = stops, False, ""
+    self.found, self._held, self._searches = False, "", [_Search(stop) for stop in stops]
 
   def push(self, text: str) -> str:
     """Adds text and returns the text that has become certain. After a stop string, returns ""."""
     if self.found:
       return ""
-    self._held += text
-    ends = [(place + len(stop), place) for stop in self.stops if (place := self._held.find(stop)) >= 0]
+    before, self._held = len(self._held), self._held + text
+    ends = [(before + end, before + end - len(search.stop)) for search in self._searches if (end := search.push(text))]
     if ends:  # the stop string that ends first: then the result does not depend on how the text was cut into pieces
       self.found, certain, self._held = True, self._held[: min(ends)[1]], ""
       return certain
-    keep = max((self._overlap(stop) for stop in self.stops), default=0)
+    keep = max((search.overlap for search in self._searches), default=0)
     certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
     return certain
 
@@ -110,7 +110,28 @@ class StopStrings:
     held, self._held = self._held, ""
     return held
 
-  def _overlap(self, stop: str) -> int:
-    """Length of the longest suffix of the held text that is a proper prefix of `stop`."""
-    longest = min(len(stop) - 1, len(self._held))
-    return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+class _Search:
+  """Finds one stop string in text that comes in pieces, in linear time (Knuth, Morris and Pratt).
+
+  overlap: length of the longest suffix of the text so far that is a proper prefix of `stop`.
+  """
+
+  def __init__(self, stop: str):
+    self.stop, self.overlap = stop, 0
+    self._shorter = [0]  # for each prefix of `stop`, the longest shorter prefix that ends it
+    for character in stop[1:]:
+      self._shorter.append(self._step(character, self._shorter[-1]))
+
+  def push(self, text: str) -> int:
+    """Number of characters of `text` up to the end of the first `stop`; 0 if it is not there."""
+    for count, character in enumerate(text, 1):
+      self.overlap = self._step(character, self.overlap)
+      if self.overlap == len(self.stop):
+        return count
+    return 0
+
+  def _step(self, character: str, overlap: int) -> int:
+    while overlap and character != self.stop[overlap]:
+      overlap = self._shorter[overlap - 1]
+    return overlap + (character == self.stop[overlap])

@@ -140,5 +140,5 @@ def test_stop_token_ids_are_ids(ids):
 
 @pytest.mark.parametrize("stop", ["</s>", ("",), (2,)], ids=str)
 def test_stop_strings_are_strings(stop):
-  with pytest.raises(InputError, match="stop must be strings that are not empty, in a tuple; got"):
+  with pytest.raises(InputError, match="stop must be strings that are not empty, of at most 4096 characters, in a tuple; got"):
     SamplingParams(stop=stop)
