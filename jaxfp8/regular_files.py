@@ -16,8 +16,8 @@ import stat
 
 from jaxfp8.errors import InputError
 
-TEXT_BYTES = 100 << 20  # of config.json, an index, a template, a manifest or a TOML file: a hundred times the largest known
-TOKENIZER_BYTES = 512 << 20  # of tokenizer.json, and of a text for calibration
+TEXT_BYTES = 64 << 20  # of config.json, an index, a template, a manifest or a TOML file: many times the largest known
+TOKENIZER_BYTES = 64 << 20  # of tokenizer.json (the largest published one has 33 MB), and of a text for calibration
 _GIVEN_AGAIN = "Fetch the file again, or pass a regular file."
 
 

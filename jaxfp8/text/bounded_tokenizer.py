@@ -16,10 +16,10 @@ import tokenizers
 
 from jaxfp8.child_process import Child
 from jaxfp8.errors import InputError
+from jaxfp8.regular_files import TOKENIZER_BYTES
 from jaxfp8.text import tokenizer_outline
 from jaxfp8.text.confined import Confined, Ended
 
-_MAX_JSON = 64 << 20  # characters; the largest published tokenizer.json (Gemma 3) has 33 million
 _AT_ONCE = 1 << 19  # letters that are encoded in this process; they take 0.2 to 1 s
 _SECONDS, _SECONDS_PER_MB = 10.0, 4.0  # of a child; ordinary text takes 1 to 2.5 s per MB on a slow core
 _BYTES, _BYTES_PER_CHARACTER = 2 << 30, 512  # of a child; ordinary text takes 100 to 300 per character
@@ -42,9 +42,9 @@ class BoundedTokenizer:
   """
 
   def __init__(self, tokenizer_json: str, document: Mapping[str, Any] | None = None):
-    if len(tokenizer_json) > _MAX_JSON:
+    if len(tokenizer_json) > TOKENIZER_BYTES:
       raise InputError(
-        f"tokenizer: tokenizer.json may have {_MAX_JSON >> 20} MB; it has {len(tokenizer_json) >> 20}. {_WAY_OUT}"
+        f"tokenizer: tokenizer.json may have {TOKENIZER_BYTES >> 20} MB; it has {len(tokenizer_json) >> 20}. {_WAY_OUT}"
       )
     if document is None:
       try:
