@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import pathlib
+import sys
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ ROPE_TYPES = ("default", "linear", "llama3")  # the types that a file names; "di
 
 
 def _require_positive(name: str, value: Any) -> None:
-  if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
     raise InputError(f"config: {name} must be a positive number; got {value!r}. Check the model's config.")
 
 
@@ -100,6 +101,9 @@ class RopeConfig:
     return np.where(wavelength > low, scaled, np.where(wavelength < high, freq, blended)).astype(np.float32)
 
 
+_MAX_SIZE, _MAX_LAYERS = 1 << 31, 1 << 16  # larger numbers come from damaged files, and would fill memory
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """Sizes of one Llama. The letters are the project's alphabet: V D F L N K H (see docs/architecture.md).
@@ -129,6 +133,8 @@ class LlamaConfig:
       if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"config: {field} must be a whole number; got {value!r}. Check the model's config.")
       _require_positive(field, value)
+      if value > (most := _MAX_LAYERS if field == "num_layers" else _MAX_SIZE):
+        raise InputError(f"config: {field} must be at most {most:,}; got {value:,}. Check the model's config.")
     _require_positive("rms_norm_eps", self.rms_norm_eps)
     if self.activation_scale_ub is not None:
       _require_positive("activation_scale_ub", self.activation_scale_ub)
@@ -144,7 +150,12 @@ class LlamaConfig:
         f"config: rope divisors must be one a pair, {self.head_dim // 2} for heads of {self.head_dim}; "
         f"got {len(self.rope.divisors)}. Check the model's config."
       )
+    for field, kind in (("name", str), ("tied_embeddings", bool)):
+      if not isinstance(value := getattr(self, field), kind):
+        raise InputError(f"config: {field} must be a {kind.__name__}; got {value!r}. Check the model's config.")
     for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
+      if not isinstance(token, int) or isinstance(token, bool):
+        raise InputError(f"config: special tokens must be whole numbers; got {token!r}. Check the model's config.")
       if not 0 <= token < self.vocab_size:
         raise InputError(
           f"config: special tokens must be below vocab_size {self.vocab_size}; got {token}. Check the model's config."

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 from jaxfp8 import private_files
 from jaxfp8.checkpoint.manifest import digest_of
+from jaxfp8.checkpoint.manifest_fields import BLOCKS, SUMS
+from jaxfp8.regular_files import TEXT_BYTES
 
 SUFFIX = ".journal"
 _VERSION = 2
@@ -30,7 +32,7 @@ class Journal:
 
   def __init__(self, path: pathlib.Path, file: BinaryIO):
     self.path, self._file = path, file
-    entries, self._end = _whole_lines(file.read())
+    entries, self._end = _whole_lines(file.read(TEXT_BYTES))
     first, *lines = entries or [{}]
     self.work: str | None = first.get("work") if first.get("version") == _VERSION else None
     self.groups: dict[str, dict[str, Any]] = {line["group"]: line for line in lines if "group" in line}
@@ -84,13 +86,23 @@ class Journal:
     self._end = self._file.tell()
 
 
+def _is_entry(entry: dict[str, Any]) -> bool:
+  """Whether the fields of a line have the types that a writer gives them, and a group the name of a folder."""
+  match entry:
+    case {"group": str(name), "sums": sums, "blocks": blocks}:
+      return pathlib.PurePath(name).name == name and SUMS.holds(sums) and BLOCKS.holds(blocks)
+    case {"group": _}:
+      return False
+  return isinstance(entry.get("work", ""), str)
+
+
 def _whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
   """The lines up to the first that is damaged, or that a kill cut short; and their bytes."""
   entries, size = [], 0
   for line in content.splitlines(keepends=True):
     try:
       entry = json.loads(line)
-      if not line.endswith(b"\n") or entry["sha256"] != digest_of(entry):
+      if not line.endswith(b"\n") or entry["sha256"] != digest_of(entry) or not _is_entry(entry):
         break
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
       break

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxfp8 import regular_files
+from jaxfp8.checkpoint import manifest_fields
 from jaxfp8.checkpoint.block_digests import BLOCK_BYTES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
@@ -107,7 +108,8 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
   try:
     regular_files.require_tree(folder)
     text = regular_files.read_text(folder / MANIFEST, within=folder)
-    data = json.loads(text)
+    data = manifest_fields.parse(text)
+    manifest_fields.check(data)
     version = data["format_version"]
     if ("sha256" in data or version >= 2) and data.get("sha256") != digest_of(data):
       raise DamagedCheckpoint(folder, f"the SHA-256 of {MANIFEST} is not the one stored in it")
@@ -117,9 +119,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
       )
     checksums = dict(data.get("checksums", {}))
     return Manifest(
-      LlamaConfig.from_dict(data["config"]),
-      Recipe(**data["recipe"]),
-      tuple(LayerFormat(**layer) for layer in data["formats"]),
+      *_model(data),
       data["tokenizer"] and _read_tokenizer(folder, data["tokenizer"], checksums),
       data["provenance"],
       dict(data.get("exceptions", {})),
@@ -129,11 +129,22 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
       dict(data.get("blocks", {})),
       text,
     )
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
     if isinstance(error, InputError):
       raise
-    reason = f"it is no whole checkpoint of jaxfp8 ({type(error).__name__}: {first_line(error)})"
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    reason = f"it is no whole checkpoint of jaxfp8 ({kind}{first_line(error).rstrip('.')})"
     raise DamagedCheckpoint(folder, reason) from error
+
+
+def _model(data: Mapping[str, Any]) -> tuple[LlamaConfig, Recipe, tuple[LayerFormat, ...]]:
+  """The first three fields of a `Manifest`. Raises ValueError for values that are no model's."""
+  try:
+    config = LlamaConfig.from_dict(data["config"], source=MANIFEST)
+    manifest_fields.check_layers(config.num_layers, data["formats"], data.get("static_scales", ()))
+    return config, Recipe(**data["recipe"]), tuple(LayerFormat(**layer) for layer in data["formats"])
+  except InputError as error:
+    raise ValueError(str(error)) from error  # a clause of the sentence that names the folder
 
 
 def _read_tokenizer(folder: pathlib.Path, settings: Mapping[str, Any], checksums: Mapping[str, str]) -> TokenizerFiles:

@@ -46,6 +46,9 @@ def open_checkpoint(path: Source | str | os.PathLike | None = None) -> Source:
   return Checkpoint(path) if is_checkpoint(path) else readers.open_source(path)
 
 
+_MOST_COMPRESSED, _SMALL_BYTES = 16, 64 << 20  # a checkpoint that claims more bytes than its files can hold is refused
+
+
 class Checkpoint(Source):
   """An opened checkpoint of jaxfp8.
 
@@ -65,8 +68,19 @@ class Checkpoint(Source):
     m = self.manifest
     groups = checkpoint_arrays(m.config, m.recipe, m.formats, m.exceptions, m.static_scales)
     self.expected: dict[str, ArraySpec] = {key: spec for group in groups for key, spec in group.items()}
+    self._check_room()
     self._keys = {key.partition("[")[0]: key for key in self.expected}
     self._verified: set[str] = set()  # arrays of a checkpoint without digests of blocks
+
+  def _check_room(self) -> None:
+    """Raises DamagedCheckpoint for arrays that no files of this size can hold, before memory of their size is asked for.
+
+    jaxfp8 writes arrays uncompressed; weights that another writer has compressed do not shrink to a sixteenth.
+    """
+    held = sum(path.stat().st_size for path in self.files())
+    claimed = sum(spec.num_bytes for spec in self.expected.values())
+    if claimed > _MOST_COMPRESSED * held + _SMALL_BYTES:
+      raise self._damaged(f"its manifest says that the arrays have {claimed:,} bytes, and the files have {held:,}")
 
   def _damaged(self, reason: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(self.path, reason, self)
@@ -163,6 +177,13 @@ class Checkpoint(Source):
       actual = tuple(arrays[key].shape), arrays[key].dtype.numpy_dtype
       if actual != (shape, dtype):
         raise self._damaged(f"{key} must be {dtype} {shape}; the folder has {actual[1]} {actual[0]}")
+      chunk = arrays[key].chunk_layout
+      if any(
+        most > max(1, size)
+        for grid in (chunk.read_chunk, chunk.write_chunk)
+        for most, size in zip(grid.shape or (), shape, strict=False)
+      ):
+        raise self._damaged(f"{key} of shape {shape} is stored in chunks that are larger than it is")
     return arrays
 
   # --- as a source ---
@@ -216,7 +237,7 @@ def _slices(bounds: Bounds) -> tuple[slice, ...]:
 def _open_arrays(folder: pathlib.Path, keys: Iterable[str]) -> dict[str, Any]:
   """Futures of the arrays: a Zarr 3 array for each key in an OCDBT store, the name of whose folder is up to Orbax."""
   tensorstore = importlib.import_module("tensorstore")
-  base = next((path.parent for path in folder.glob("*/manifest.ocdbt")), folder)
+  base = next((path.parent for path in sorted(folder.glob("*/manifest.ocdbt"))), folder)
   context = tensorstore.Context()  # shared by all arrays, so that the index is read once
   files = {"driver": "file", "path": f"{base.resolve()}/"}  # a URL would give #, % and ? a meaning
   store = {"driver": "ocdbt", "base": files}

@@ -12,6 +12,7 @@ A float8 head or embedding is stored as it came, listed in the manifest's `excep
 Refuses to know models (layout.py) and files.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
@@ -41,7 +42,7 @@ class ArraySpec(NamedTuple):
 
   @property
   def num_bytes(self) -> int:
-    return int(np.prod(self.shape)) * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Range(NamedTuple):

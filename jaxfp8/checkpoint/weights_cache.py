@@ -27,6 +27,7 @@ from jaxfp8 import private_files, regular_files, stored_files
 from jaxfp8.checkpoint import convert, readers
 from jaxfp8.checkpoint.convert import ReportProgress
 from jaxfp8.checkpoint.manifest import FORMAT_VERSION, MANIFEST, WRITING, DamagedCheckpoint
+from jaxfp8.checkpoint.manifest_fields import SUMS
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.quantized_source import source_granularity
 from jaxfp8.checkpoint.readers import Source
@@ -245,7 +246,7 @@ def _hash_files(files: list[pathlib.Path]) -> str:
 def _read_index(path: pathlib.Path) -> dict[str, str]:
   """The content of sources.json; empty if the file is absent or damaged, since it only saves time."""
   content = stored_files.read(path, "the source is read again")
-  with contextlib.suppress(ValueError):
-    if content is not None and isinstance(digests := json.loads(content), dict):
+  with contextlib.suppress(ValueError, RecursionError):
+    if content is not None and SUMS.holds(digests := json.loads(content)):
       return digests
   return {}

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import statistics
+from typing import Any
 
 from absl import flags
 from rich.table import Table
@@ -171,7 +172,15 @@ def _print(result: dict) -> None:
     out.print(f"{title:<12} {value}", highlight=False, soft_wrap=True)
 
 
-def _quality(score: dict) -> str:
+def _quality(score: Any) -> str:
+  """What a conversion with a gate has stored; as it is if someone else has written it."""
+  try:
+    return _gate_words(score)
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return json.dumps(score)
+
+
+def _gate_words(score: Any) -> str:
   kl, ratio, top1 = (score[name]["value"] for name in ("kl", "perplexity_ratio", "top1"))
   limits = ", ".join(f"{name} {value:g}" for name, value in score["limits"].items() if value is not None)
   return (

@@ -123,13 +123,13 @@ def test_a_damaged_journal_loses_only_what_follows(source, tmp_path, quantized, 
 def test_a_journal_goes_on_after_a_line_that_a_kill_cut_short(tmp_path):
   path = tmp_path / "a.journal"
   journal = Journal.create(path, "work")
-  journal.note_group("one", {"a": "1"}, {})
+  journal.note_group("one", {"a": "1" * 64}, {})
   journal.close()
   path.write_bytes(path.read_bytes() + b'{"group": "tw')
   again = Journal.take(path)
   assert again.work == "work" and list(again.groups) == ["one"]
   assert Journal.take(path) is None  # its writer lives
-  again.note_group("three", {"b": "2"}, {})
+  again.note_group("three", {"b": "2" * 64}, {})
   again.close()
   assert list(Journal.take(path).groups) == ["one", "three"]
 

@@ -36,6 +36,7 @@ _BITS = {
   **dict.fromkeys(("U64", "I64", "F64", "C64"), 64), "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_DIMENSIONS = 64  # numpy's own limit
 _WRITE_AGAIN = "Fetch the file again, or write it again with the safetensors library."
 
 
@@ -113,8 +114,9 @@ def _read_json_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
 def _check_entry(path: pathlib.Path, name: str, entry: Any, size: int) -> tuple[int, int]:
   """The offsets of one tensor in the data, which has `size` bytes."""
   match entry:
-    case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if all(
-      isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, start, stop)
+    case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+      all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in (*shape, start, stop))
+      and len(shape) <= _MAX_DIMENSIONS
     ):
       pass
     case _:
