@@ -17,7 +17,8 @@ import stat
 from jaxfp8.errors import InputError
 
 TEXT_BYTES = 64 << 20  # of config.json, an index, a template, a manifest or a TOML file: many times the largest known
-TOKENIZER_BYTES = 64 << 20  # of tokenizer.json (the largest published one has 33 MB), and of a text for calibration
+TOKENIZER_BYTES = 64 << 20  # of tokenizer.json: the largest published one has 33 MB
+CORPUS_BYTES = 512 << 20  # of a text for calibration or evaluation
 _GIVEN_AGAIN = "Fetch the file again, or pass a regular file."
 
 

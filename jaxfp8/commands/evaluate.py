@@ -155,7 +155,7 @@ def read_text(path: str | None, flag: str = "text") -> tuple[str, str]:
       )
   else:
     try:
-      text, name = regular_files.read_text(path, regular_files.TOKENIZER_BYTES), pathlib.Path(path).name
+      text, name = regular_files.read_text(path, regular_files.CORPUS_BYTES), pathlib.Path(path).name
     except (OSError, UnicodeDecodeError) as error:
       reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
       raise InputError(f"evaluate: cannot read --{flag}={path}: {reason}. Pass a text file.") from error

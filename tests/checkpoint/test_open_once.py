@@ -26,7 +26,10 @@ import collections, json, os, sys
 opened = collections.Counter()
 
 def count(event, arguments):
-  if event == "open" and isinstance(arguments[0], (str, os.PathLike)) and arguments[1] and "r" in arguments[1]:
+  if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+    path, mode, flags = arguments
+    if not (mode and "r" in mode or not mode and flags & os.O_NOFOLLOW):  # open, or regular_files.open_file
+      return
     if os.path.basename(arguments[0]) in ("jaxfp8.json", "tokenizer.json"):
       opened[os.fspath(arguments[0])] += 1
 

@@ -213,7 +213,7 @@ class TestOurs:
 def test_files_that_a_user_names(tmp_path):
   pipe(tmp_path / "pipe.toml")
   (tmp_path / "large.toml").touch()
-  os.truncate(tmp_path / "large.toml", regular_files.TOKENIZER_BYTES + 1)
+  os.truncate(tmp_path / "large.toml", regular_files.CORPUS_BYTES + 1)
   for path in (tmp_path / "pipe.toml", "/dev/zero"):
     assert "must be a regular file" in refused(read_toml, path) and "must be a regular file" in refused(
       evaluate.read_text, path
