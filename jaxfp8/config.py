@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from jaxfp8 import regular_files
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 ROPE_TYPES = ("default", "linear", "llama3")  # the types that a file names; "divisors" is the fourth type of RopeConfig
 
 
 def _require_positive(name: str, value: Any) -> None:
   if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-    raise InputError(f"config: {name} must be a positive number; got {value!r}. Check the model's config.")
+    raise InputError(f"config: {name} must be a positive number; got {shown(value)}. Check the model's config.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class RopeConfig:
   def __post_init__(self):
     if self.type not in (*ROPE_TYPES, "divisors"):
       raise InputError(
-        f"config: rope type must be one of {', '.join(ROPE_TYPES)}; got {self.type!r}. jaxfp8 does not compute this model."
+        f"config: rope type must be one of {', '.join(ROPE_TYPES)}; got {shown(self.type)}. jaxfp8 does not compute this model."
       )
     object.__setattr__(self, "divisors", tuple(self.divisors))
     if (self.type == "divisors") != bool(self.divisors):
       raise InputError(
-        f"config: rope divisors belong to the rope type 'divisors' and to no other; got type {self.type!r} and "
+        f"config: rope divisors belong to the rope type 'divisors' and to no other; got type {shown(self.type)} and "
         f"{len(self.divisors)} divisors. Check the model's config."
       )
     for divisor in self.divisors:
@@ -131,7 +131,7 @@ class LlamaConfig:
     for field in ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_context"):
       value = getattr(self, field)
       if not isinstance(value, int) or isinstance(value, bool):
-        raise InputError(f"config: {field} must be a whole number; got {value!r}. Check the model's config.")
+        raise InputError(f"config: {field} must be a whole number; got {shown(value)}. Check the model's config.")
       _require_positive(field, value)
       if value > (most := _MAX_LAYERS if field == "num_layers" else _MAX_SIZE):
         raise InputError(f"config: {field} must be at most {most:,}; got {value:,}. Check the model's config.")
@@ -217,7 +217,7 @@ def find_config(kind: str, name: str) -> pathlib.Path:
   names = sorted(path.stem for path in folder.glob("*.toml"))
   if name not in names:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-    raise InputError(f"config: there is no {kind[:-1]} named {name!r}. Near names: {', '.join(near)}.")
+    raise InputError(f"config: there is no {kind[:-1]} named {shown(name)}. Near names: {', '.join(near)}.")
   return folder / f"{name}.toml"
 
 

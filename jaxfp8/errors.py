@@ -6,8 +6,12 @@ Commands print the message without a traceback and exit with code 1.
 """
 
 import logging
+import reprlib
+from typing import Any
 
 _MAX_MESSAGE = 2000
+_MAX_VALUE = 160  # characters of a value in a message
+_values = reprlib.Repr(maxstring=2 * _MAX_VALUE, maxother=2 * _MAX_VALUE, maxlist=50, maxtuple=50, maxdict=50)
 
 
 class InputError(ValueError):
@@ -18,6 +22,12 @@ class InputError(ValueError):
     if len(message) > _MAX_MESSAGE:
       message = f"{message[: _MAX_MESSAGE // 2]} [...] {message[-_MAX_MESSAGE // 4 :]}"
     super().__init__(message)
+
+
+def shown(value: Any) -> str:
+  """A value in a message, shortened: a file may hold one of megabytes."""
+  text = _values.repr(value)
+  return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 10]} ..."
 
 
 def silence_libraries() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import ml_dtypes
 import numpy as np
 
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 BLOCK = 128  # rows, and columns, of a block of weights that has one scale
 FLOAT8_MAX = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)  # 448
@@ -73,7 +73,7 @@ ACTIVATION_PRECISIONS = tuple(Precision)  # of the inputs of linear layers, and 
 def _member[T: _Word](kind: type[T], allowed: Iterable[T], field: str, value: str) -> T:
   """The member of `kind` that `value` names. Raises InputError, naming `field`, unless it is one of `allowed`."""
   if value not in tuple(allowed):
-    raise InputError(f"recipe: {field} must be one of {', '.join(allowed)}; got {value!r}.")
+    raise InputError(f"recipe: {field} must be one of {', '.join(allowed)}; got {shown(value)}.")
   return kind(value)
 
 
@@ -104,7 +104,7 @@ class Recipe:
     hold(self, "activations", _member(Precision, ACTIVATION_PRECISIONS, "activations", activations))
     hold(self, "kv", _member(Precision, ACTIVATION_PRECISIONS, "kv", kv))
     if self.activation_dtype == Precision.FP8 and self.weights != Precision.FP8:
-      raise InputError(f"recipe: fp8 activations need fp8 weights; got weights={self.weights!r}. Pass --activations=auto.")
+      raise InputError(f"recipe: fp8 activations need fp8 weights; got weights={shown(self.weights)}. Pass --activations=auto.")
 
   @property
   def activation_dtype(self) -> Precision:
@@ -175,7 +175,9 @@ class LayerFormat:
     for field, value in {"qkv": qkv, "o": o, "gate_up": gate_up, "down": down}.items():
       words = [value] * _PARTS[field] if isinstance(value, str) else list(value)
       if len(words) != _PARTS[field]:
-        raise InputError(f"recipe: {field} takes one format, or one for each of its {_PARTS[field]} matrices; got {value!r}.")
+        raise InputError(
+          f"recipe: {field} takes one format, or one for each of its {_PARTS[field]} matrices; got {shown(value)}."
+        )
       formats = tuple(_member(MatrixFormat, MatrixFormat, f"the format of {field}", word) for word in words)
       object.__setattr__(self, field, formats[0] if len(set(formats)) == 1 else formats)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 MAX_SEED = 2**64 - 1
 _MAX_STOP = 4096  # characters of a stop string, which are held back before they are certain
@@ -58,15 +58,15 @@ class SamplingParams:
     for name, (rule, holds) in _FLOAT_RULES.items():
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InputError(f"sampling: {name} must be a number; got {value!r}.")
+        raise InputError(f"sampling: {name} must be a number; got {shown(value)}.")
       if not holds(value):
-        raise InputError(f"sampling: {name} must be {rule}; got {value!r}.")
+        raise InputError(f"sampling: {name} must be {rule}; got {shown(value)}.")
       if not holds(rounded := as_float32(name, value)):
-        raise InputError(f"sampling: {name} must be {rule}; got {value!r}, which is {rounded:g} in float32.")
+        raise InputError(f"sampling: {name} must be {rule}; got {shown(value)}, which is {rounded:g} in float32.")
     for name in ("top_k", "seed", "max_new_tokens", "logprobs"):
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, (numbers.Integral, type(None) if name == "logprobs" else int)):
-        raise InputError(f"sampling: {name} must be a whole number; got {value!r}.")
+        raise InputError(f"sampling: {name} must be a whole number; got {shown(value)}.")
     rules = (
       ("top_k", 0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2^31"),
       ("seed", 0 <= self.seed <= MAX_SEED, f"between 0 and {MAX_SEED}"),
@@ -77,7 +77,7 @@ class SamplingParams:
     )
     for name, holds, rule in rules:
       if not holds:
-        raise InputError(f"sampling: {name} must be {rule}; got {getattr(self, name)!r}.")
+        raise InputError(f"sampling: {name} must be {rule}; got {shown(getattr(self, name))}.")
 
 
 _FLOAT_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {

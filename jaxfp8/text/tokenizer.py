@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
 from jaxfp8.text.chat_template import ChatTemplate
 from jaxfp8.text.message_text import MessageText
@@ -135,7 +135,7 @@ class Tokenizer:
     try:
       return None if text is None else self._tokenizer.token_to_id(text)
     except UnicodeEncodeError as error:
-      raise InputError(f"tokenizer: {name} must be Unicode; got {text!r}. Fetch tokenizer_config.json again.") from error
+      raise InputError(f"tokenizer: {name} must be Unicode; got {shown(text)}. Fetch tokenizer_config.json again.") from error
 
 
 class TextStream:

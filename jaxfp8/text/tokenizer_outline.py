@@ -35,7 +35,7 @@ def _cased(short: str, digits: str) -> str:
   return words + f"|{digits}" + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _END
 
 
-# Patterns whose time is linear in the text; tests/text/test_tokenizer_outline.py measures them.
+# Patterns whose time is linear in the text; a test measures them.
 LINEAR_CUTS = frozenset(
   (
     *({cut for cuts in CUTS.values() for cut in cuts} - QUADRATIC_CUTS),

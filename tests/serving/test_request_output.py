@@ -1,6 +1,7 @@
 """Stop strings: what comes out does not depend on how the text was cut into tokens."""
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -45,3 +46,12 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
   stream = StopStrings(("stop", "top"))
   assert [stream.push(piece) for piece in ("a s", "t", "o", "x", "to")] == ["a ", "", "", "stox", ""]
   assert stream.finish() == "to"
+
+
+@pytest.mark.parametrize("stop", ["a" * 4000 + "b", "b" + "a" * 4000, "ab" * 2000 + "c"])
+def test_the_search_is_linear_in_the_answer(stop):
+  """A search that begins anew with each token takes minutes."""
+  stream, pieces, start = StopStrings((stop,) * 4), 0, time.process_time()
+  for _ in range(20_000):
+    pieces += len(stream.push("aba"[pieces % 2 :] if "ab" in stop[:2] else "aaaa"))
+  assert time.process_time() - start < 2 and not stream.found

@@ -1,13 +1,20 @@
 """Files and texts of strangers end in bounded time and memory, with one sentence, and ordinary ones stay in this process."""
 
+import io
 import json
+import pathlib
+import sys
 import time
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from jaxfp8.checkpoint.readers.gguf_cuts import CUTS
+from jaxfp8.checkpoint.readers.json_file import parse_json
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.errors import InputError
+from jaxfp8.commands import answers
+from jaxfp8.errors import InputError, shown
 from jaxfp8.text import bounded_tokenizer, tokenizer_outline
 from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
 from jaxfp8.text.tokenizer import Tokenizer
@@ -214,3 +221,48 @@ def test_cuts_of_gguf_files_are_known(pre):
   cuts = _sequence("pretokenizers", [*map(_split, CUTS[pre]), BYTES])
   growth = tokenizer_outline.outline({**llama2_document(), "pre_tokenizer": cuts}).growth
   assert (growth is None) == (pre in ("superbpe", "afmoe", "tiny_aya", "cohere2moe", "deepseek-llm"))
+
+
+@pytest.mark.parametrize(
+  "text", ["1" * 20000, "x" * 20000, "X" * 20000, " " * 20000 + "x", "\n" * 20000 + "x"], ids=lambda t: repr(t[0])
+)
+def test_the_list_of_linear_patterns(text):
+  """A linear one takes 25 ms, a quadratic one more than a second."""
+  for pattern in tokenizer_outline.LINEAR_CUTS:
+    split, start = Split(Regex(pattern), "isolated"), time.process_time()
+    split.pre_tokenize_str(text)
+    assert time.process_time() - start < 0.5, pattern
+
+
+# --- what is linear in the text of strangers ---
+
+
+def test_many_special_tokens_in_a_message_cost_linear_time():
+  document = llama2_document()
+  long = [{"id": 900 + i, "content": f"<{i}{'x' * 16000}>", **FLAGS, "special": True} for i in range(20)]
+  document["added_tokens"] += long
+  start = time.process_time()
+  tokenizer = Tokenizer(TokenizerFiles(json.dumps(document), "{{ messages[0].content }}"))
+  ids = tokenizer.chat([{"role": "user", "content": "</s>" * 20000}])
+  assert 2 not in ids and len(ids) >= 60000
+  assert time.process_time() - start < 10
+
+
+def test_a_key_that_stands_twice_is_found_in_linear_time():
+  keys = [f'"k{i}": 1' for i in range(200_000)]
+  with pytest.raises(InputError, match="has 'k199999' twice"):
+    parse_json("{" + ", ".join([*keys, keys[-1]]) + "}", pathlib.Path("config.json"))
+
+
+@pytest.mark.parametrize(
+  "value", ["x" * 3_000_000, ["x" * 3_000_000] * 9, 10**4000, {"a": ["b" * 1000] * 1000}, [[[[[["x" * 10**6]]]]]]]
+)
+def test_a_message_shows_the_beginning_of_a_value(value):
+  assert len(shown(value)) <= 160 and repr(value)[:6] == shown(value)[:6]
+
+
+def test_a_line_of_a_chat_has_a_length(monkeypatch, capsys):
+  monkeypatch.setattr(answers, "_MAX_LINE", 20)
+  monkeypatch.setattr(sys, "stdin", io.StringIO("y" * 3000 + "\n" + "\n"))
+  assert answers.converse(None, None, None, chat=False, system=()) == []
+  assert capsys.readouterr().err.count("this line has more. Write a shorter one.") == 1

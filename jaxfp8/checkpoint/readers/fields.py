@@ -6,12 +6,11 @@ float that is finite. null counts as an absent field.
 """
 
 import dataclasses
-import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +89,3 @@ def refuse_contradiction(first: tuple[str, Any], second: tuple[str, Any], where:
     f"config: {first[0]} {shown(first[1])} and {second[0]} {shown(second[1])} in {where} contradict each other. "
     "Remove the wrong one; the published file has the right one."
   )
-
-
-def shown(value: Any) -> str:
-  """A value in a message, shortened."""
-  text = reprlib.repr(value) if isinstance(value, int) else repr(value)
-  return text if len(text) <= 160 else f"{text[:150]} ..."

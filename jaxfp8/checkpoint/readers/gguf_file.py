@@ -24,7 +24,7 @@ from jaxfp8.checkpoint.readers.source import Source, check_finite, check_tensors
 from jaxfp8.checkpoint.readers.zero_biases import bias_notes, zero_biases
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _Type = gguf.GGMLQuantizationType
 NATIVE = {_Type.F32: np.dtype(np.float32), _Type.F16: np.dtype(np.float16), _Type.BF16: np.dtype(ml_dtypes.bfloat16)}
@@ -147,8 +147,8 @@ def _require_one_model(headers: list[GgufHeader]) -> None:
     for other in others:
       if other.metadata.get(key, first.metadata.get(key)) != first.metadata.get(key):
         raise InputError(
-          f"readers: the parts of a GGUF model must belong together; {key} is {first.metadata.get(key)!r} in {first.path} and "
-          f"{other.metadata[key]!r} in {other.path.name}. Fetch all parts of one model again."
+          f"readers: the parts of a GGUF model must belong together; {key} is {shown(first.metadata.get(key))} in {first.path} "
+          f"and {shown(other.metadata[key])} in {other.path.name}. Fetch all parts of one model again."
         )
   total, held = first.metadata.get("split.tensors.count"), sum(len(header.tensors) for header in headers)
   if others and total is not None and total != held:

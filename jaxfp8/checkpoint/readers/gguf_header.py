@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_kinds import FETCH_AGAIN, describe
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _VERSIONS = (2, 3)
 _KIND = gguf.GGUFValueType
@@ -131,7 +131,9 @@ class _Parser:
     for name, (kind, shape, offset, num_bytes) in entries.items():
       start, stop = base + offset, base + offset + num_bytes
       if stop > self._size:
-        raise self._refuse(f"tensor {name!r} of shape {list(shape)} ends at byte {stop}, and the file at byte {self._size}")
+        raise self._refuse(
+          f"tensor {shown(name)} of shape {list(shape)} ends at byte {stop}, and the file at byte {self._size}"
+        )
       tensors[name] = GgufTensor(self._path, name, kind, shape, start, stop)
     self._refuse_overlaps(tensors)
     return tensors
@@ -140,7 +142,7 @@ class _Parser:
     ordered = sorted((t for t in tensors.values() if t.stop > t.start), key=lambda t: t.start)
     for first, second in itertools.pairwise(ordered):
       if second.start < first.stop:
-        raise self._refuse(f"tensors {first.name!r} and {second.name!r} share the bytes from {second.start}")
+        raise self._refuse(f"tensors {shown(first.name)} and {shown(second.name)} share the bytes from {second.start}")
 
   def _value(self, kind: int) -> Any:
     if kind == _KIND.STRING:

@@ -15,7 +15,7 @@ from typing import Any
 from jaxfp8.checkpoint.readers.gguf_cuts import ADD_BOS, CUTS, IGNORE_MERGES
 from jaxfp8.checkpoint.readers.gguf_special import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, token_types
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _NO_VOCABULARY = ("none", "no_vocab")
 _MODELS = ("gpt2", "llama")
@@ -51,7 +51,7 @@ def tokenizer_files(metadata: Mapping[str, Any], path: pathlib.Path) -> Tokenize
 
 def _unknown(key: str, value: Any, supported: Sequence[str]) -> InputError:
   return InputError(
-    f"readers: tokenizer.ggml.{key} must be one of {', '.join(supported)}; got {value!r}. "
+    f"readers: tokenizer.ggml.{key} must be one of {', '.join(supported)}; got {shown(value)}. "
     "Pass the model as a Hugging Face folder with its tokenizer.json."
   )
 
@@ -109,7 +109,7 @@ def _merges(metadata: Mapping[str, Any], path: pathlib.Path) -> list[list[str]]:
   for merge in merges:
     if len(merge) != 2 or "".join(merge) not in tokens or merge[0] not in tokens or merge[1] not in tokens:
       raise InputError(
-        f"readers: tokenizer.ggml.merges in {path} must join two tokens to a third; got {' '.join(merge)!r}. "
+        f"readers: tokenizer.ggml.merges in {path} must join two tokens to a third; got {shown(' '.join(merge))}. "
         "Convert the model again with a current llama.cpp."
       )
   return merges

@@ -36,7 +36,7 @@ from jaxfp8.checkpoint.readers.tensor_names import is_unused, plain_names
 from jaxfp8.checkpoint.readers.zero_biases import bias_notes, zero_biases
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _INDEX = "model.safetensors.index.json"
 _NOT_SHARDS = ("consolidated", "adapter_", "optimizer")  # a copy in Mistral's own format, a LoRA adapter, a training state
@@ -191,7 +191,8 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     # Names only: a path could leave the folder.
     if not isinstance(shard, str) or not re.fullmatch(r"(?!\.{1,2}$)[^/\\\x00-\x1f\ud800-\udfff]{1,200}", shard):
       raise InputError(
-        f"readers: shards must lie in the checkpoint's own folder; {folder / _INDEX} names {shard!r}. Fetch the index again."
+        f"readers: shards must lie in the checkpoint's own folder; {folder / _INDEX} names {shown(shard)}. "
+        "Fetch the index again."
       )
   return mapping
 

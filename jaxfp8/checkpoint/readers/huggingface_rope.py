@@ -17,7 +17,7 @@ from jaxfp8.checkpoint.readers.fields import (
   refuse_model,
 )
 from jaxfp8.config import ROPE_TYPES, RopeConfig
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _KINDS = {
   **dict.fromkeys(("rope_type", "type"), TEXT),
@@ -86,7 +86,7 @@ def _formula(name: str, fields: Mapping[str, Any], theta: float, where: object) 
   missing = [key for key in needs if fields.get(key) is None]
   if missing:
     raise InputError(
-      f"config: rope type {rope_type!r} needs {', '.join(missing)} in {name} of {where}, and it is absent. "
+      f"config: rope type {shown(rope_type)} needs {', '.join(missing)} in {name} of {where}, and it is absent. "
       "Compare the file with the published one."
     )
   return RopeConfig(theta=theta, type=rope_type, **{_FORMULA[key]: fields[key] for key in needs})

@@ -10,7 +10,7 @@ from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.json_file import as_list, parse_json, read_json
 from jaxfp8.checkpoint.readers.source import read_text
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _TOKENIZER, _SETTINGS, _SPECIAL_MAP, _TEMPLATE = (
@@ -121,7 +121,7 @@ def _special_token(fields: Mapping[str, Any], name: str, path: pathlib.Path) -> 
   text = value.get("content") if isinstance(value, Mapping) else value
   if not (isinstance(text, str) or value is None):
     raise InputError(
-      f'readers: {name} in {path} must be a text or an object with the text as "content"; got {value!r}. '
+      f'readers: {name} in {path} must be a text or an object with the text as "content"; got {shown(value)}. '
       "Compare the file with the published one."
     )
   return text

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from jaxfp8.checkpoint.readers.file_kinds import describe
 from jaxfp8.checkpoint.readers.source import read_text
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -20,8 +21,10 @@ def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-      twice = next(key for i, (key, _) in enumerate(pairs) if key in (earlier for earlier, _ in pairs[:i]))
-      raise InputError(f"readers: a key may stand once in a JSON object; {path} has {twice!r} twice. Remove the wrong one.")
+      twice = first_twice(pairs)
+      raise InputError(
+        f"readers: a key may stand once in a JSON object; {path} has {shown(twice)} twice. Remove the wrong one."
+      )
     return fields
 
   try:
@@ -33,6 +36,12 @@ def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise InputError(f"readers: {path} must hold a JSON object; got {type(value).__name__}. Fetch the file again.")
   return value
+
+
+def first_twice(pairs: Iterable[tuple[str, Any]]) -> str:
+  """The first key that stands there a second time."""
+  seen: set[str] = set()
+  return next(key for key, _ in pairs if key in seen or seen.add(key))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -19,9 +19,8 @@ from jaxfp8.checkpoint.readers.fields import (
   TEXTS,
   check_fields,
   refuse_contradiction,
-  shown,
 )
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 from jaxfp8.recipe import BLOCK
 
 _METHODS = ("compressed-tensors", "modelopt", "fbgemm_fp8", "fp8", "quark")
@@ -89,9 +88,9 @@ def read_quantization(where: object, hf: Mapping[str, Any], quant_file: Mapping[
   method = str(scheme.get("quant_method") or ("compressed-tensors" if "config_groups" in scheme else "unnamed"))
   algorithm = scheme.get("quant_algo")
   if algorithm and method == "modelopt" and algorithm.upper() not in _MODELOPT_ALGORITHMS:
-    raise _refuse(where, f"quant_algo {algorithm!r}")
+    raise _refuse(where, f"quant_algo {shown(algorithm)}")
   if method not in _METHODS:
-    raise _refuse(where, f"quant_method {method!r}")
+    raise _refuse(where, f"quant_method {shown(method)}")
   groups = _groups(where, scheme.get("config_groups") or {})
   for key, value in scheme.items():
     _check_key(where, method, key, value)
@@ -110,7 +109,7 @@ def _one_scheme(where: object, hf: Mapping[str, Any], quant_file: Mapping[str, A
   schemes = {key: hf[key] for key in ("quantization_config", "compression_config") if hf.get(key)}
   for key, scheme in schemes.items():
     if not isinstance(scheme, Mapping):
-      raise _refuse(where, f"{key} {scheme!r}")
+      raise _refuse(where, f"{key} {shown(scheme)}")
   if len(schemes) == 2 and schemes["quantization_config"] != schemes["compression_config"]:
     first, second = schemes.items()
     raise refuse_contradiction(first, second, where)
@@ -119,7 +118,7 @@ def _one_scheme(where: object, hf: Mapping[str, Any], quant_file: Mapping[str, A
     return scheme
   inner = quant_file.get("quantization") or {}
   if not isinstance(inner, Mapping):
-    raise _refuse(where, f"quantization {inner!r} in hf_quant_config.json")
+    raise _refuse(where, f"quantization {shown(inner)} in hf_quant_config.json")
   inner = {"quant_method": "modelopt", **inner}
   for key in inner.keys() & scheme.keys():
     ours, theirs = scheme[key], inner[key]
@@ -192,11 +191,11 @@ def _is_float_format(value: Any) -> bool:
 def _check_type(where: object, place: str, fields: Mapping[str, Any]) -> None:
   kind, bits = fields.get("type", "float"), fields.get("num_bits", 8)
   if (kind, bits) != ("float", 8):
-    raise _refuse(where, f"{place} of {bits!r} bits and type {kind!r}")
+    raise _refuse(where, f"{place} of {shown(bits)} bits and type {shown(kind)}")
   if fields.get("symmetric", True) is not True:
-    raise _refuse(where, f"{place}.symmetric {fields['symmetric']!r}")
+    raise _refuse(where, f"{place}.symmetric {shown(fields['symmetric'])}")
   if fields.get("actorder"):
-    raise _refuse(where, f"{place}.actorder {fields['actorder']!r}")
+    raise _refuse(where, f"{place}.actorder {shown(fields['actorder'])}")
   known = "type num_bits symmetric actorder dynamic strategy group_size block_structure observer observer_kwargs scale_dtype"
   for key in sorted(set(fields) - {*known.split(), "zp_dtype", "is_mse"}):
     if fields[key]:
@@ -206,11 +205,11 @@ def _check_type(where: object, place: str, fields: Mapping[str, Any]) -> None:
 def _check_weights(where: object, place: str, weights: Mapping[str, Any]) -> None:
   _check_type(where, place, weights)
   if weights.get("dynamic"):
-    raise _refuse(where, f"{place}.dynamic {weights['dynamic']!r}")
+    raise _refuse(where, f"{place}.dynamic {shown(weights['dynamic'])}")
   if weights.get("strategy") not in _WEIGHT_STRATEGIES:
-    raise _refuse(where, f"{place}.strategy {weights['strategy']!r}")
+    raise _refuse(where, f"{place}.strategy {shown(weights['strategy'])}")
   if weights.get("group_size") not in (None, -1, 0) and weights.get("strategy") != "block":
-    raise _refuse(where, f"{place}.group_size {weights['group_size']!r}")
+    raise _refuse(where, f"{place}.group_size {shown(weights['group_size'])}")
   if weights.get("block_structure") not in (None, [], [BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
     raise _refuse(where, f"{place}.block_structure {shown(weights['block_structure'])}")
 
@@ -223,7 +222,9 @@ def _check_inputs(where: object, place: str, inputs: Mapping[str, Any], weights:
   per_token = dynamic is True and strategy in (None, "token") and weights != "block"
   per_group = dynamic is True and strategy == "group" and group_size == BLOCK and weights == "block"
   if not (static or per_token or per_group):
-    raise _refuse(where, f"{place} with dynamic={dynamic!r}, strategy={strategy!r} and group_size={group_size!r}")
+    raise _refuse(
+      where, f"{place} with dynamic={shown(dynamic)}, strategy={shown(strategy)} and group_size={shown(group_size)}"
+    )
 
 
 def _is_fp8_cache(scheme: Any) -> bool:

@@ -20,8 +20,9 @@ import safetensors
 from jaxfp8 import regular_files
 from jaxfp8.checkpoint.readers.file_bytes import read_bytes
 from jaxfp8.checkpoint.readers.file_kinds import FETCH_AGAIN, describe
+from jaxfp8.checkpoint.readers.json_file import first_twice
 from jaxfp8.checkpoint.readers.source import FLOAT8
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, shown
 
 _DTYPES = {
   "F32": np.dtype(np.float32),
@@ -94,9 +95,7 @@ def _read_json_header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
   def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-      names = [name for name, _ in pairs]
-      twice = next(name for name in names if names.count(name) > 1)
-      raise _refuse(path, f"its header holds {twice!r} twice", _WRITE_AGAIN)
+      raise _refuse(path, f"its header holds {shown(first_twice(pairs))} twice", _WRITE_AGAIN)
     return entries
 
   try:
