@@ -154,3 +154,11 @@ def test_names_that_lead_elsewhere():
   for name in ("", ".", "..", "/a/b", "a/../a/b", "./a/b", "a//b", "a/b/", "a\0b"):
     with pytest.raises(ValueError, match="must be named by their paths"):
       manifest_fields.require_name(name)
+
+
+def test_formats_and_scales_are_those_of_the_layers():
+  scale = "model.layers.1.mlp.up_proj.input_scale"
+  manifest_fields.check_layers(2, [{}, {}], [scale])
+  for formats, name in (([{}], scale), ([{}, {}], "model.layers.2.mlp.up_proj.input_scale"), ([{}, {}], "x")):
+    with pytest.raises(ValueError, match="must"):
+      manifest_fields.check_layers(2, formats, [name])
