@@ -128,6 +128,7 @@ COMMAND = Command(
   topics=(_files, _text, _quantization),
   required=("output",),
   json_help="Print only the JSON object.",
+  first_only=True,
 )
 
 

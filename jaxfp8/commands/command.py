@@ -12,6 +12,7 @@ answered at once, and a machine with the CUDA wheels but no driver shows no trac
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 import pathlib
@@ -77,6 +78,7 @@ class Command:
   preset: arguments that stand before the user's.
   json_help: the help text of --json; empty for a command without this flag.
   uses_devices: whether it imports jax. keeps_cache: whether it goes on without a --cache_dir that cannot be written.
+  first_only: whether of the tasks of a SLURM step only the first one runs it, and the others wait for that one.
   stray_advice: the last sentence of the error about an argument that no flag takes; {argument} stands for it.
   """
 
@@ -90,6 +92,7 @@ class Command:
   json_help: str = ""
   uses_devices: bool = True
   keeps_cache: bool = False
+  first_only: bool = False
   stray_advice: str = "Run with --help to see them."
 
   def __post_init__(self):
@@ -182,7 +185,7 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
         silence_libraries()
       if command.uses_devices:
         platforms.check_xla_flags()
-      return _run_interruptibly(command.main)
+      return _run_interruptibly(functools.partial(_first_only, command.main) if command.first_only else command.main)
     return 0
 
   end_with(main, command.name, debug="--debug" in arguments)
@@ -258,6 +261,17 @@ def _run_interruptibly(main: Callable[[], int | None]) -> int | None:
   return code
 
 
+def _first_only(main: Callable[[], int | None]) -> int | None:
+  """`main`, or in a task of a SLURM step that is not the first one, a wait for that task."""
+  from jaxfp8.distributed import environment
+
+  if not environment.is_slurm_task():
+    return main()
+  from jaxfp8.distributed import processes
+
+  return processes.first_only(main)
+
+
 def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -266,6 +280,8 @@ def _stop(code: int) -> None:
   if announce := getattr(sys.modules.get(PROCESSES_MODULE), "announce", None):
     announce("Stopped.")
   unfinished.abandon_unfinished()
+  if say_goodbye := getattr(sys.modules.get(PROCESSES_MODULE), "say_goodbye", None):
+    say_goodbye()
   os._exit(code)
 
 

@@ -281,6 +281,7 @@ COMMAND = Command(
   positionals=("input", "output"),
   required=("input", "output"),
   json_help="Print only the JSON object.",
+  first_only=True,
 )
 
 

@@ -48,6 +48,7 @@ COMMAND = Command(
   positionals=("input", "output"),
   required=("input", "output"),
   json_help="Print only the JSON object.",
+  first_only=True,
 )
 
 

@@ -20,6 +20,7 @@ from absl import flags
 from jaxfp8.commands import answers, command, profiling, prompt_files, streams
 from jaxfp8.commands.command import Command, Topic
 from jaxfp8.distributed.environment import ProcessPlace
+from jaxfp8.distributed.tls import Tls
 from jaxfp8.errors import InputError
 from jaxfp8.recipe import ACTIVATION_PRECISIONS, WEIGHT_PRECISIONS, Granularity, Recipe
 from jaxfp8.terminal import say, show_json
@@ -81,6 +82,12 @@ _devices(flags.DEFINE_integer, "num_processes", None, "Number of processes; 1 ig
 _devices(flags.DEFINE_integer, "process_id", None, "Number of this process, from 0.")
 _devices(flags.DEFINE_integer, "heartbeat_seconds", 20, "All processes end when one is silent for so many seconds.")
 
+_devices(flags.DEFINE_integer, "start_seconds", 300, "How long the processes wait for each other at the start.")
+_devices(flags.DEFINE_string, "mtls_cert_file", None, "PEM certificate of this process; the next two flags belong to it.")
+_devices(flags.DEFINE_string, "mtls_key_file", None, "PEM key of the certificate.")
+_devices(flags.DEFINE_string, "mtls_ca_file", None, "PEM certificate of the authority behind all processes' certificates.")
+_devices(flags.DEFINE_string, "mtls_peer_uri_prefix", None, "Accept certificates with such a URI instead of the host's name.")
+
 _execution = Topic("Execution", FLAGS)
 _execution(flags.DEFINE_string, "implementation", "auto", "Kernels of every operation: auto, or a name of pallas_kernels.")
 _execution(flags.DEFINE_string, "profile", None, profiling.HELP)
@@ -95,6 +102,10 @@ _PROCESS_FLAGS = {
   "coordinator",
   "num_processes",
   "process_id",
+  "start_seconds",
+  "mtls_cert_file",
+  "mtls_key_file",
+  "mtls_ca_file",
   "checkpoint",
   "cache_dir",
   "prompt",
@@ -107,7 +118,14 @@ _PROCESS_FLAGS = {
 def main() -> int:
   """Answers the prompts in FLAGS. Raises InputError for unusable flags, files and checkpoints."""
   started = time.perf_counter()
-  process_place = ProcessPlace(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_seconds)
+  process_place = ProcessPlace(
+    FLAGS.coordinator,
+    FLAGS.num_processes,
+    FLAGS.process_id,
+    heartbeat_seconds=FLAGS.heartbeat_seconds,
+    start_seconds=FLAGS.start_seconds,
+    tls=_tls(),
+  )
   if not process_place.is_one_of_many:
     return _run(_read_prompts(), started)
   from jaxfp8.distributed import processes
@@ -118,6 +136,18 @@ def main() -> int:
       processes.software() | {f"--{name}": FLAGS[name].value for name in FLAGS if name not in _PROCESS_FLAGS}
     )
     return _run(_read_prompts() if processes.is_first() else [], started)
+
+
+def _tls() -> Tls | None:
+  """The certificates of --mtls_*. Raises InputError for some without the others."""
+  files = [FLAGS.mtls_cert_file, FLAGS.mtls_key_file, FLAGS.mtls_ca_file]
+  if not any(files) and not FLAGS.mtls_peer_uri_prefix:
+    return None
+  if not all(files) or FLAGS.coordinator is None:
+    raise InputError(
+      "hosts: --mtls_cert_file, --mtls_key_file and --mtls_ca_file belong together, and to --coordinator. Pass all of them."
+    )
+  return Tls(*files, uri_prefix=FLAGS.mtls_peer_uri_prefix)
 
 
 def _run(prompts: list[str], started: float) -> int:

@@ -8,36 +8,46 @@
 
 Values travel through the key-value store of JAX's coordinator (process 0), not through devices. Waiting there costs nothing and
 has no time limit, so a chat may be silent for hours. Every process must make the same calls in the same order. With a single
-process, nothing is sent. JAX's heartbeat notices a killed process and aborts the others from C++: never rely on `finally`.
-Uses jax._src.distributed, as Orbax does, because the store has no public name.
+process, nothing is sent. How the processes find each other, and hear of an early end: meeting.py. The end of another process
+ends this one by `os._exit`: never rely on `finally`. Uses jax._src.distributed, as Orbax does, because the store has no public
+name.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
 import os
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax._src import distributed
 from jax.sharding import Mesh
 
-from jaxfp8.distributed.environment import AUTO, ProcessPlace
+from jaxfp8 import unfinished
+from jaxfp8.distributed import environment
+from jaxfp8.distributed.detection import detect, first_line
+from jaxfp8.distributed.environment import ProcessPlace
+from jaxfp8.distributed.meeting import Meeting
 from jaxfp8.errors import InputError
 from jaxfp8.source_digest import source_digest
-from jaxfp8.terminal import make_visible, visible
+from jaxfp8.terminal import make_visible, say, visible
 
-START_SECONDS = 300  # how long processes wait for each other at the start
+_CONNECT_SECONDS = 60  # for JAX's own connections, when all processes have come
 _WAIT_MS = 10_000  # time limit of one request to the store; `_get` repeats the request
 _GOODBYE_SECONDS = 3.0  # process 0 stays so long, so that the others can read why all end
-_FAILURE = "jaxfp8/failure"
+_REASON_SECONDS = 2.0  # a step that fails waits so long for the reason
+_RUN = "jaxfp8/run"
+_HEARTBEAT = (
+  "hosts: JAX's coordinator or another process is silent for too long. Read what the others say, and start them again."
+)
 _calls = itertools.count()  # a key of the store is written only once, so every call has its own number
 _leaving = threading.Event()
+_meeting: Meeting | None = None
 
 
 class _FoundByAll(InputError):
@@ -47,30 +57,84 @@ class _FoundByAll(InputError):
 def join(place: ProcessPlace) -> None:
   """Connects to the other processes. Call before JAX looks for devices; then jax.devices() has the devices of all processes.
 
-  Only Python's prints still go to stdout: the output of Gloo and NCCL moves to stderr. Raises InputError if the others are not
-  found, or if the cluster does not identify this process.
+  Only Python's prints still go to stdout: the output of Gloo and NCCL moves to stderr. Raises InputError in every process if
+  they do not all come within `place.start_seconds`, or if the cluster does not identify this process.
   """
   _keep_stdout()
   jax.config.update("jax_enable_preemption_service", False)  # the service would catch SIGTERM and not end the process
-  explicit = place.coordinator != AUTO and place.coordinator is not None
+  place, device_ids = detect(place)
+  meeting = _meet(place)
+  meeting.wait_for_coordinator()
+  tls = place.tls and {
+    "mtls_cert_file": place.tls.cert_file,
+    "mtls_key_file": place.tls.key_file,
+    "mtls_ca_file": place.tls.ca_file,
+    "mtls_peer_uri_prefix": place.tls.uri_prefix,
+  }
   try:
-    jax.distributed.initialize(
-      place.coordinator if explicit else None,
-      place.num_processes,
-      place.process_id,
-      cluster_detection_method="deactivate" if explicit else None,
-      heartbeat_timeout_seconds=place.heartbeat_seconds,
-      shutdown_timeout_seconds=place.heartbeat_seconds,
-      initialization_timeout=START_SECONDS,
-    )
+    with _silence_is_one_sentence():
+      jax.distributed.initialize(
+        str(meeting.address),
+        place.num_processes,
+        place.process_id,
+        local_device_ids=device_ids,
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=str(meeting.bind_address),
+        heartbeat_timeout_seconds=place.heartbeat_seconds,
+        shutdown_timeout_seconds=place.heartbeat_seconds,
+        initialization_timeout=_CONNECT_SECONDS,
+        **(tls or {}),
+      )
   except (ValueError, TypeError, RuntimeError) as error:
-    reason = " ".join(str(error).split())[:300]
-    raise InputError(
-      f"hosts: the processes cannot meet ({reason}). Check --coordinator, --num_processes and --process_id, or what SLURM or "
-      "Kubernetes say."
-    ) from error
-  if _client():
-    threading.Thread(target=_listen, daemon=True).start()
+    raise InputError(f"hosts: the processes cannot connect to JAX's coordinator ({first_line(error)}).") from error
+  if place.process_id == 0:
+    _client().key_value_set(_RUN, meeting.run_id)
+  elif (run := _get(_RUN)) != meeting.run_id:
+    raise InputError(f"hosts: {place.coordinator} belongs to another run now ({run}). Give each run a port of its own.")
+  meeting.watch(_end)
+
+
+def first_only(main: Callable[[], int | None]) -> int | None:
+  """Runs `main`, and returns its exit code. Of the tasks of a SLURM step only the first one does; the others wait for it.
+
+  Raises InputError in the others too if the first one fails.
+  """
+  if not (environment.is_slurm_task() and ProcessPlace().is_one_of_many):
+    return main()
+  meeting = _meet(detect(ProcessPlace())[0])
+  if meeting.index == 0:
+    meeting.watch(_end)
+    with together():
+      return main()
+  reason = meeting.wait_until_done()
+  if reason:
+    raise _FoundByAll(reason)
+  say("hosts: task 0 of this SLURM step has done the work; this one has waited for it.")
+  return 0
+
+
+def _meet(place: ProcessPlace) -> Meeting:
+  global _meeting
+  _meeting = Meeting(place)
+  try:
+    _meeting.assemble()
+  except InputError as error:
+    _leaving.set()  # the others know, or are told
+    raise _FoundByAll(str(error)) from error
+  return _meeting
+
+
+@contextlib.contextmanager
+def _silence_is_one_sentence() -> Iterator[None]:
+  """JAX's client calls `_end` when the heartbeats stop; as JAX makes it, it would abort the process with a stack trace."""
+  make = distributed._jax.get_distributed_runtime_client
+  distributed._jax.get_distributed_runtime_client = functools.partial(
+    make, missed_heartbeat_callback=lambda *_: _end(_HEARTBEAT)
+  )
+  try:
+    yield
+  finally:
+    distributed._jax.get_distributed_runtime_client = make
 
 
 def count() -> int:
@@ -107,8 +171,11 @@ def together() -> Iterator[None]:
     if isinstance(error, InputError):
       sentence = str(error)
     elif isinstance(error, jax.errors.JaxRuntimeError):
-      first = str(error).split("\n", 1)[0][:300]
-      sentence = f"hosts: a step failed, as it does when another process has ended ({first}). Start all processes again."
+      if count() > 1 and _leaving.wait(_REASON_SECONDS):
+        threading.Event().wait()  # `_end` says more, and ends this process
+      sentence = (
+        f"hosts: a step failed, as it does when another process has ended ({first_line(error)}). Start all processes again."
+      )
     else:
       sentence = f"hosts: stopped by {type(error).__name__}: {error}"
     announce(sentence)
@@ -118,28 +185,35 @@ def together() -> Iterator[None]:
 
 
 def announce(sentence: str) -> None:
-  """Tells the other processes that this process ends, and why. The caller must call `leave` next."""
-  if _client() is None or _leaving.is_set():
-    return
-  _leaving.set()
-  with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or the coordinator is gone
-    _client().key_value_set(_FAILURE, json.dumps([index(), sentence]))
+  """Tells the other processes that this process ends, and why. The caller must call `leave` or `say_goodbye` next."""
+  if _meeting and not _leaving.is_set():
+    _leaving.set()
+    _meeting.announce(sentence)
+
+
+def say_goodbye() -> None:
+  """Process 0 waits, up to _GOODBYE_SECONDS, until the others have ended: its own end would abort them."""
+  if _meeting:
+    _meeting.wait_for_the_others(_GOODBYE_SECONDS)
 
 
 def leave(code: int) -> None:
   """Ends this process at once with this exit status, if it is one of many; otherwise returns.
 
-  Process 0 ends last, since the others read the reason from its store. Without `leave`, JAX's own shutdown would wait for
-  processes that have failed.
+  Process 0 ends last, since the others hear the reason from it. Without `leave`, JAX's own shutdown would wait for processes
+  that have failed.
   """
-  if _client() is None:
+  if _client() is None and _meeting is None:
     return
   if code == 0:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-      jax.distributed.shutdown()
+    if _meeting:
+      _meeting.done()
+    if _client():
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
   else:
     _leaving.set()
-    _wait_for_the_others()
+    say_goodbye()
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
@@ -206,26 +280,18 @@ def _get(key: str) -> str:
         raise
 
 
-def _listen() -> None:
-  """Waits until another process announces its end, then ends this process."""
-  try:
-    process, sentence = json.loads(_get(_FAILURE))
-  except (jax.errors.JaxRuntimeError, AttributeError):  # this process ends, or JAX is about to end it
-    return
-  if process == index() or _leaving.is_set():
+def _end(sentence: str) -> None:
+  """Ends this process because another one has ended. Called in a thread of its own."""
+  if _leaving.is_set():
     return
   _leaving.set()
-  os.write(2, visible(f"process {process}: {sentence}\n").encode(errors="replace"))
-  leave(1)
-
-
-def _wait_for_the_others() -> None:
-  """Marks this process as leaving. Process 0 then waits, up to _GOODBYE_SECONDS, until all processes are marked."""
-  client, until = _client(), time.monotonic() + _GOODBYE_SECONDS
-  with contextlib.suppress(jax.errors.JaxRuntimeError):
-    client.key_value_set(f"jaxfp8/left/{index()}", "", allow_overwrite=True)
-    while is_first() and len(client.key_value_dir_get("jaxfp8/left")) < count() and time.monotonic() < until:
-      time.sleep(0.05)
+  os.write(2, f"{visible(sentence)}\n".encode(errors="replace"))
+  unfinished.abandon_unfinished()
+  flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # another thread may hold its lock for ever
+  flushing.start()
+  flushing.join(1)
+  say_goodbye()
+  os._exit(1)
 
 
 def _keep_stdout() -> None:
