@@ -14,7 +14,6 @@ name.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -42,9 +41,6 @@ _WAIT_MS = 10_000  # time limit of one request to the store; `_get` repeats the 
 _GOODBYE_SECONDS = 3.0  # process 0 stays so long, so that the others can read why all end
 _REASON_SECONDS = 2.0  # a step that fails waits so long for the reason
 _RUN = "jaxfp8/run"
-_HEARTBEAT = (
-  "hosts: JAX's coordinator or another process is silent for too long. Read what the others say, and start them again."
-)
 _calls = itertools.count()  # a key of the store is written only once, so every call has its own number
 _leaving = threading.Event()
 _meeting: Meeting | None = None
@@ -72,19 +68,18 @@ def join(place: ProcessPlace) -> None:
     "mtls_peer_uri_prefix": place.tls.uri_prefix,
   }
   try:
-    with _silence_is_one_sentence():
-      jax.distributed.initialize(
-        str(meeting.address),
-        place.num_processes,
-        place.process_id,
-        local_device_ids=device_ids,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=str(meeting.bind_address),
-        heartbeat_timeout_seconds=place.heartbeat_seconds,
-        shutdown_timeout_seconds=place.heartbeat_seconds,
-        initialization_timeout=_CONNECT_SECONDS,
-        **(tls or {}),
-      )
+    jax.distributed.initialize(
+      str(meeting.address),
+      place.num_processes,
+      place.process_id,
+      local_device_ids=device_ids,
+      cluster_detection_method="deactivate",
+      coordinator_bind_address=str(meeting.bind_address),
+      heartbeat_timeout_seconds=place.heartbeat_seconds,
+      shutdown_timeout_seconds=place.heartbeat_seconds,
+      initialization_timeout=_CONNECT_SECONDS,
+      **(tls or {}),
+    )
   except (ValueError, TypeError, RuntimeError) as error:
     raise InputError(f"hosts: the processes cannot connect to JAX's coordinator ({first_line(error)}).") from error
   if place.process_id == 0:
@@ -122,19 +117,6 @@ def _meet(place: ProcessPlace) -> Meeting:
     _leaving.set()  # the others know, or are told
     raise _FoundByAll(str(error)) from error
   return _meeting
-
-
-@contextlib.contextmanager
-def _silence_is_one_sentence() -> Iterator[None]:
-  """JAX's client calls `_end` when the heartbeats stop; as JAX makes it, it would abort the process with a stack trace."""
-  make = distributed._jax.get_distributed_runtime_client
-  distributed._jax.get_distributed_runtime_client = functools.partial(
-    make, missed_heartbeat_callback=lambda *_: _end(_HEARTBEAT)
-  )
-  try:
-    yield
-  finally:
-    distributed._jax.get_distributed_runtime_client = make
 
 
 def count() -> int:
