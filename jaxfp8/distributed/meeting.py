@@ -217,8 +217,10 @@ class Meeting:
       sock.settimeout(_GREETING_SECONDS)
       line = Line(self._tls.accept(sock) if self._tls else sock)
       message = line.read(_GREETING_SECONDS)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
       sock.close()
+      if self._tls and isinstance(error, OSError) and (sentence := Tls.explain(error)):
+        say(f"hosts: a connection from {peer} was refused: {sentence}.")
       return
     finally:
       self._greetings.release()

@@ -8,10 +8,12 @@ import threading
 import time
 
 import pytest
+import trustme
 
 from jaxfp8.distributed import addresses, meeting
 from jaxfp8.distributed.environment import ProcessPlace
 from jaxfp8.distributed.meeting import Meeting
+from jaxfp8.distributed.tls import Tls
 from jaxfp8.errors import InputError
 from tests.distributed.test_processes import free_port
 from tests.helpers.commands import wait_until
@@ -252,6 +254,59 @@ class TestAddresses:
     found = [(socket.AF_INET, 1, 6, "", (host, 1)) for host in ("127.0.1.1", "10.0.0.7")]
     monkeypatch.setattr(addresses.socket, "getaddrinfo", lambda *_, **__: found)
     assert [numeric.host for _, numeric in addresses.resolve(addresses.Address("me", 1))] == ["10.0.0.7", "127.0.1.1"]
+
+
+class TestCertificates:
+  @pytest.fixture(scope="class")
+  def files(self, tmp_path_factory):
+    """Files of two authorities: {"good" or "other": (certificate, key)} of process 0 and others, and the good authority."""
+    folder = tmp_path_factory.mktemp("tls")
+    authorities = {"good": trustme.CA(), "other": trustme.CA()}
+    authorities["good"].cert_pem.write_to_path(str(folder / "ca"))
+    for name, authority in authorities.items():
+      made = authority.issue_cert("127.0.0.1")
+      made.private_key_pem.write_to_path(str(folder / f"{name} key"))
+      (folder / name).write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
+    return folder
+
+  def tls(self, files, name="good", **options) -> Tls:
+    return Tls(str(files / name), str(files / f"{name} key"), str(files / "ca"), **options)
+
+  def test_all_have_them(self, port, files):
+    meetings = [make(port, process, 3, tls=self.tls(files)) for process in range(3)]
+    assert len(set(assemble(*meetings))) == 1
+    said = [watched(one) for one in meetings]
+    meetings[2].announce("Stopped.")
+    assert said[0].get(timeout=5) == said[1].get(timeout=5) == "process 2: Stopped."
+    assert str(meetings[1].address) == f"127.0.0.1:{port}", "the host that certificates are compared with"
+
+  def test_one_of_another_authority(self, port, files, capsys):
+    zero, one = assemble(make(port, 0, seconds=2, tls=self.tls(files)), make(port, 1, tls=self.tls(files, "other")))
+    assert "process 1 did not come" in zero and "no secure connection" in one
+    assert "a connection from 127.0.0.1 was refused: the certificate is not accepted" in capsys.readouterr().err
+
+  def test_process_0_of_another_authority(self, port, files):
+    _, one = assemble(make(port, 0, seconds=2, tls=self.tls(files, "other")), make(port, 1, tls=self.tls(files)))
+    assert "no secure connection" in one and "the certificate is not accepted" in one
+
+  @pytest.mark.parametrize("who", [0, 1])
+  def test_one_side_has_none(self, port, files, who):
+    said = assemble(*(make(port, process, seconds=2, tls=self.tls(files) if process == who else None) for process in (0, 1)))
+    assert all(sentence.startswith("hosts: ") for sentence in said), said
+
+  def test_a_prefix_of_names(self, port, files):
+    """These certificates hold no URI."""
+    prefixed = self.tls(files, uri_prefix="spiffe://here/")
+    _, one = assemble(make(port, 0, seconds=2, tls=self.tls(files)), make(port, 1, tls=prefixed))
+    assert "no URI of the certificate starts with spiffe://here/" in one
+
+  def test_files_that_cannot_be_used(self, files):
+    with pytest.raises(InputError, match="--mtls_cert_file=.*absent is no file"):
+      Tls(str(files / "absent"), str(files / "good key"), str(files / "ca"))
+    with pytest.raises(InputError, match=r"the files of --mtls_\* cannot be used"):
+      Tls(str(files / "good"), str(files / "other key"), str(files / "ca"))
+    with pytest.raises(InputError, match="must end with /"):
+      self.tls(files, uri_prefix="spiffe://here")
 
 
 @contextlib.contextmanager
