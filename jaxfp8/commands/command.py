@@ -29,6 +29,7 @@ from jaxfp8 import private_files, stored_files, unfinished
 from jaxfp8.child_process import INTERRUPTED
 from jaxfp8.commands import platforms, streams
 from jaxfp8.commands.platforms import choose_platform
+from jaxfp8.distributed.environment import is_slurm_task
 from jaxfp8.errors import InputError, silence_libraries
 from jaxfp8.terminal import one_line, say, show
 
@@ -185,7 +186,11 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
         silence_libraries()
       if command.uses_devices:
         platforms.check_xla_flags()
-      return _run_interruptibly(functools.partial(_first_only, command.main) if command.first_only else command.main)
+      if command.first_only and is_slurm_task():
+        from jaxfp8.distributed import processes
+
+        return _run_interruptibly(functools.partial(processes.first_only, command.main))
+      return _run_interruptibly(command.main)
     return 0
 
   end_with(main, command.name, debug="--debug" in arguments)
@@ -261,27 +266,15 @@ def _run_interruptibly(main: Callable[[], int | None]) -> int | None:
   return code
 
 
-def _first_only(main: Callable[[], int | None]) -> int | None:
-  """`main`, or in a task of a SLURM step that is not the first one, a wait for that task."""
-  from jaxfp8.distributed import environment
-
-  if not environment.is_slurm_task():
-    return main()
-  from jaxfp8.distributed import processes
-
-  return processes.first_only(main)
-
-
 def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + "Stopped.\n").encode())
-  # A module that is still being imported has no such function yet.
-  if announce := getattr(sys.modules.get(PROCESSES_MODULE), "announce", None):
-    announce("Stopped.")
+  processes = sys.modules.get(PROCESSES_MODULE)  # while it is still being imported, it has no such functions
+  announce, say_goodbye = (getattr(processes, name, lambda *_: None) for name in ("announce", "say_goodbye"))
+  announce("Stopped.")
   unfinished.abandon_unfinished()
-  if say_goodbye := getattr(sys.modules.get(PROCESSES_MODULE), "say_goodbye", None):
-    say_goodbye()
+  say_goodbye()
   os._exit(code)
 
 

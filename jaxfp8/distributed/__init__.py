@@ -1,5 +1,6 @@
 """Distributed: several processes that run one program.
 
-environment.py identifies this process from flags, SLURM or Kubernetes, without jax. processes.py connects it to the others over
-JAX's coordinator. The room refuses to know models and requests. It may import only the vocabulary.
+environment.py and detection.py tell the place of this process from flags, SLURM or Kubernetes. meeting.py brings the processes
+together, and tells each when another one ends. processes.py connects them over JAX's coordinator. The room refuses to know
+models and requests. It may import only the vocabulary.
 """

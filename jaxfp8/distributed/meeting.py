@@ -10,8 +10,8 @@ cannot do this part: it takes a port that is taken, aborts all processes where o
 When all have come, the address passes to JAX's coordinator. The connections stay open as long as the processes live: they carry
 the sentence of a process that ends early, and a connection that breaks tells of a process that was killed.
 
-A message is a line of JSON. With certificates (`ProcessPlace.tls`) each side proves who it is; without, anybody who reaches the
-address can take part, so it belongs into a private network. Refuses to know models, flags and what JAX does afterwards.
+With certificates (`ProcessPlace.tls`) each side proves who it is; without, anybody who reaches the address can take part, so it
+belongs into a private network. Refuses to know models, flags and what JAX does afterwards.
 """
 
 import contextlib
@@ -229,8 +229,8 @@ class Meeting:
 
   def _follow(self, line: Line) -> None:
     """Puts what comes over a line into the queue of events, until the line ends."""
-    message: dict[str, Any] | None = {}
     line.keep_alive()
+    message: dict[str, Any] | None = {}
     while message is not None:
       try:
         message = line.read()

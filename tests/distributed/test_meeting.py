@@ -301,7 +301,7 @@ class TestCertificates:
     assert "no URI of the certificate starts with spiffe://here/" in one
 
   def test_files_that_cannot_be_used(self, files):
-    with pytest.raises(InputError, match="--mtls_cert_file=.*absent is no file"):
+    with pytest.raises(InputError, match=r"--mtls_cert_file=.*absent is no file"):
       Tls(str(files / "absent"), str(files / "good key"), str(files / "ca"))
     with pytest.raises(InputError, match=r"the files of --mtls_\* cannot be used"):
       Tls(str(files / "good"), str(files / "other key"), str(files / "ca"))
