@@ -12,7 +12,6 @@ answered at once, and a machine with the CUDA wheels but no driver shows no trac
 """
 
 import dataclasses
-import functools
 import inspect
 import os
 import pathlib
@@ -74,8 +73,7 @@ class Topic:
 class Command:
   """One command: `main` reads `flags`, returns the exit code, and raises InputError.
 
-  positionals: names of the flags that arguments without a flag set, in this order.
-  required: names of the flags without which the command is refused.
+  positionals: names of the flags that arguments without a flag set, in this order. required: those that must be given.
   preset: arguments that stand before the user's.
   json_help: the help text of --json; empty for a command without this flag.
   uses_devices: whether it imports jax. keeps_cache: whether it goes on without a --cache_dir that cannot be written.
@@ -189,7 +187,7 @@ def run(command: Command, arguments: Sequence[str] | None = None) -> None:
       if command.first_only and is_slurm_task():
         from jaxfp8.distributed import processes
 
-        return _run_interruptibly(functools.partial(processes.first_only, command.main))
+        return _run_interruptibly(lambda: processes.first_only(command.main))
       return _run_interruptibly(command.main)
     return 0
 
@@ -268,13 +266,12 @@ def _run_interruptibly(main: Callable[[], int | None]) -> int | None:
 
 def _stop(code: int) -> None:
   """Ends the process now. stderr is written past Python's buffers, which main's thread may hold."""
+  processes = sys.modules.get(PROCESSES_MODULE)  # while it is still being imported, it has no such functions
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + "Stopped.\n").encode())
-  processes = sys.modules.get(PROCESSES_MODULE)  # while it is still being imported, it has no such functions
-  announce, say_goodbye = (getattr(processes, name, lambda *_: None) for name in ("announce", "say_goodbye"))
-  announce("Stopped.")
+  getattr(processes, "announce", str)("Stopped.")
   unfinished.abandon_unfinished()
-  say_goodbye()
+  getattr(processes, "say_goodbye", str)()
   os._exit(code)
 
 

@@ -192,8 +192,7 @@ class Meeting:
     return InputError(sentence)
 
   def _names(self, processes: list[int]) -> str:
-    shown = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
-    return f"process {shown}" if len(processes) == 1 else f"processes {shown}"
+    return ("process " if len(processes) == 1 else "processes ") + ", ".join(map(str, processes))
 
   def _bind(self) -> socket.socket:
     variable = os.environ.get(BIND_VARIABLE)

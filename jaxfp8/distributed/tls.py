@@ -40,7 +40,7 @@ class Tls:
   def explain(error: OSError) -> str:
     """Why certificates were not accepted; empty for another failure of a connection."""
     if isinstance(error, ssl.SSLCertVerificationError):
-      return f"the certificate is not accepted ({error.verify_message})"
+      return f"the certificate is not accepted ({getattr(error, 'verify_message', error)})"
     if isinstance(error, ssl.SSLError):
       return f"the other side speaks no TLS, or does not accept this certificate ({error.reason or error})"
     return ""

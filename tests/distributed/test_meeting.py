@@ -256,19 +256,20 @@ class TestAddresses:
     assert [numeric.host for _, numeric in addresses.resolve(addresses.Address("me", 1))] == ["10.0.0.7", "127.0.1.1"]
 
 
-class TestCertificates:
-  @pytest.fixture(scope="class")
-  def files(self, tmp_path_factory):
-    """Files of two authorities: {"good" or "other": (certificate, key)} of process 0 and others, and the good authority."""
-    folder = tmp_path_factory.mktemp("tls")
-    authorities = {"good": trustme.CA(), "other": trustme.CA()}
-    authorities["good"].cert_pem.write_to_path(str(folder / "ca"))
-    for name, authority in authorities.items():
-      made = authority.issue_cert("127.0.0.1")
-      made.private_key_pem.write_to_path(str(folder / f"{name} key"))
-      (folder / name).write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
-    return folder
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """Files of two authorities: {"good" or "other": (certificate, key)} of process 0 and others, and the good authority."""
+  folder = tmp_path_factory.mktemp("tls")
+  authorities = {"good": trustme.CA(), "other": trustme.CA()}
+  authorities["good"].cert_pem.write_to_path(str(folder / "ca"))
+  for name, authority in authorities.items():
+    made = authority.issue_cert("127.0.0.1")
+    made.private_key_pem.write_to_path(str(folder / f"{name} key"))
+    (folder / name).write_bytes(b"".join(part.bytes() for part in made.cert_chain_pems))
+  return folder
 
+
+class TestCertificates:
   def tls(self, files, name="good", **options) -> Tls:
     return Tls(str(files / name), str(files / f"{name} key"), str(files / "ca"), **options)
 
