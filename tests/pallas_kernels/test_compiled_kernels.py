@@ -1,7 +1,7 @@
 """Every kernel and regime compiled for GPUs that are not here: no spills, the right instructions, enough bytes in flight.
 
-One child process a device compiles everything (see jaxfp8/deviceless.py). Without the `cuda` extra the tests are skipped; where
-CI=true that is a failure, so that they cannot be lost unnoticed.
+One child process (see jaxfp8/inspection/deviceless.py) compiles everything for the devices with one target, whose programs are
+the same. Without the `cuda` extra the tests are skipped; where CI=true that is a failure, so that nobody loses them unnoticed.
 """
 
 import functools
@@ -28,8 +28,13 @@ LEAST_IN_FLIGHT = 32 * 1024
 MISSING = 'the CUDA compiler is not installed: pip install "jaxfp8[cuda]"'
 
 
-@functools.cache
 def compiled(device):
+  return _compiled(deviceless.kernel_target(load_device(device)))
+
+
+@functools.cache
+def _compiled(target):
+  device = next(name for name in DEVICES if deviceless.kernel_target(load_device(name)) == target)
   if not deviceless.have_compiler():
     (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(MISSING)
   return deviceless.compile_cases(device, [case.name for case in CASES])
