@@ -1,6 +1,9 @@
 """The common part of all figures. Paths are checked before a computation starts; matplotlib is imported for drawing only."""
 
+import contextlib
+import os
 import pathlib
+from collections.abc import Iterator
 
 from jaxfp8.errors import InputError
 
@@ -20,13 +23,26 @@ def check_plot_path(path: str) -> None:
 def new_figure(width: float, height: float):
   """An empty matplotlib Figure; width and height in inches. Raises InputError without matplotlib."""
   try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with _in_the_root():
+      from matplotlib.backends.backend_agg import FigureCanvasAgg
+      from matplotlib.figure import Figure
   except ImportError as error:
     raise InputError("plot: --plot needs matplotlib, which is not installed. Run: pip install 'jaxfp8[plot]'.") from error
   figure = Figure(figsize=(width, height), layout="constrained")
   FigureCanvasAgg(figure)
   return figure
+
+
+@contextlib.contextmanager
+def _in_the_root() -> Iterator[None]:
+  """With / as the working directory: matplotlib reads a file matplotlibrc where it is imported, and some versions run it."""
+  here = os.open(".", os.O_RDONLY)
+  try:
+    os.chdir("/")
+    yield
+  finally:
+    os.fchdir(here)
+    os.close(here)
 
 
 def save_figure(figure, path: str) -> None:

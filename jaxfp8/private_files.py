@@ -33,6 +33,12 @@ class NotPrivate(OSError):
   """A file or folder that another user can have written or can change; the text says which, and the reason."""
 
 
+def default_cache() -> str:
+  """The cache folder of a user who names none: in XDG_CACHE_HOME, whose specification ignores a relative path, or ~/.cache."""
+  caches = os.environ.get("XDG_CACHE_HOME", "")
+  return os.path.join(caches if os.path.isabs(caches) else os.path.expanduser("~/.cache"), "jaxfp8")
+
+
 def open_cache(cache_dir: str | os.PathLike) -> pathlib.Path:
   """The absolute path of the cache folder, which exists afterwards. Raises NotPrivate, or OSError if it cannot be made.
 
@@ -40,9 +46,9 @@ def open_cache(cache_dir: str | os.PathLike) -> pathlib.Path:
   """
   cache = pathlib.Path(os.path.abspath(pathlib.Path(cache_dir).expanduser()))
   _make(cache)
-  real = pathlib.Path(os.path.realpath(cache))
-  if _is_only_cache(real):
-    for folder in (real, *(real / name for name in _FOLDERS), *real.glob("tuned/*")):
+  if not cache.is_symlink() and _is_only_cache(cache):
+    require_folder(cache.parent)  # or another user's link might lead to any folder
+    for folder in (cache, *(cache / name for name in _FOLDERS), *cache.glob("tuned/*")):
       _close(folder)
   require_folder(cache)
   return cache
@@ -184,9 +190,10 @@ def _others_write(info: os.stat_result) -> bool:
 
 @functools.cache
 def _is_own_group(gid: int, uid: int) -> bool:
-  """Whether a group has this user alone: the group of the user's name, with no other member."""
+  """Whether a group has this user alone: the group of the user's name, which no other user is known to have."""
   try:
     user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
   except KeyError:
     return False
-  return (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
+  is_named_alike = (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
+  return is_named_alike and not any(other.pw_gid == gid and other.pw_uid != uid for other in pwd.getpwall())

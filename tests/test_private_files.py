@@ -1,8 +1,10 @@
 """The cache holds programs: nothing is loaded that another user can have written, and nothing is written through a link."""
 
+import grp
 import os
 import pathlib
 import pickle
+import pwd
 import stat
 
 import jax
@@ -227,6 +229,33 @@ class TestWay:
       private_files.require_folder(tmp_path / "link")
 
   @as_root
+  @as_root
+  def test_where_another_users_link_leads_nothing_is_changed(self, tmp_path):
+    (theirs := tmp_path / "theirs").mkdir()
+    (mine := tmp_path / "mine").mkdir()
+    mine.chmod(0o2775)
+    (theirs / "cache").symlink_to(mine)
+    os.chown(theirs, STRANGER, STRANGER)
+    os.chown(theirs / "cache", STRANGER, STRANGER, follow_symlinks=False)
+    with pytest.raises(private_files.NotPrivate):
+      private_files.open_cache(theirs / "cache")
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o2775
+
+  def test_a_group_is_shared_by_all_who_have_it_first(self, monkeypatch):
+    """`useradd -g alice bob` writes bob nowhere but in his own line."""
+    alice, bob = (pwd.struct_passwd((name, "x", uid, 1001, "", "", "")) for name, uid in (("alice", 1001), ("bob", 1002)))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: alice)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("alice", "x", 1001, [])))
+    for users, is_own in (([alice], True), ([alice, bob], False)):
+      monkeypatch.setattr(pwd, "getpwall", lambda users=users: users)
+      assert private_files._is_own_group.__wrapped__(1001, 1001) is is_own
+
+  def test_the_default_is_absolute(self, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for variable, folder in (("here", "/home/me/.cache/jaxfp8"), ("", "/home/me/.cache/jaxfp8"), ("/c", "/c/jaxfp8")):
+      monkeypatch.setenv("XDG_CACHE_HOME", variable)
+      assert private_files.default_cache() == folder
+
   def test_another_users_link_is_refused(self, cache, tmp_path):
     (tmp_path / "link").symlink_to(cache)
     os.chown(tmp_path / "link", STRANGER, STRANGER, follow_symlinks=False)

@@ -51,6 +51,13 @@ class TestCommands:
     assert ended.returncode == 0, ended.stderr
     assert ran(trap) == []
 
+  def test_settings_of_matplotlib(self, trap):
+    """Some versions run what matplotlibrc says."""
+    (trap / "matplotlibrc").write_text("no.such.setting: 1\n")
+    assert "matplotlibrc" in run(trap, "-P", "-c", "import matplotlib").stderr, "it would be read here"
+    ended = run(trap, "-P", "-m", "jaxfp8.plan", "tiny", "h100", "--plot=picture.png")
+    assert (ended.returncode, ended.stderr) == (0, "") and (trap / "picture.png").is_file()
+
   def test_as_a_script(self, trap, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "jaxfp8").write_text(SCRIPT)

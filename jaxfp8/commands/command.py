@@ -32,7 +32,7 @@ from jaxfp8.distributed.environment import is_slurm_task
 from jaxfp8.errors import InputError, silence_libraries
 from jaxfp8.terminal import one_line, say, show
 
-DEFAULT_CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxfp8")
+DEFAULT_CACHE_DIR = private_files.default_cache()
 # It loads jax, and is asked to stop only in a process that has imported it. A test looks up the name.
 PROCESSES_MODULE = "jaxfp8.distributed.processes"
 # Flags that hold a path, or a list of paths: a shell leaves the ~ in --checkpoint=~/model to the program.

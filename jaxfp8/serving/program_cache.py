@@ -64,10 +64,11 @@ def verify_jax_cache() -> None:
   # XLA writes and reads the choices of its autotuner itself, in a folder beside the programs.
   try:
     private_files.require_tree(pathlib.Path(jax.config.jax_compilation_cache_dir or "", _AUTOTUNED))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):  # `stored_files.write` says that the folder is impossible
     return
   except OSError as error:
-    stored_files.say(f"{error}; XLA does not keep the choices of its autotuner")
+    reason = error if isinstance(error, private_files.NotPrivate) else f"{error.filename}: {error.strerror}"
+    stored_files.say(f"{reason}; XLA does not keep the choices of its autotuner")
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
