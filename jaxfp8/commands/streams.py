@@ -89,7 +89,7 @@ def _reopened(stream: Any, raw: io.FileIO, errors: str) -> io.TextIOWrapper:
     io.BufferedWriter(raw),
     encoding=stream.encoding,
     errors=errors,
-    line_buffering=stream.line_buffering,
+    line_buffering=stream.line_buffering or stream.write_through,  # the latter with PYTHONUNBUFFERED
     write_through=stream.write_through,
   )
 

@@ -56,13 +56,18 @@ def resolve(address: Address, until: float | None = None) -> list[tuple[socket.A
     time.sleep(1)
 
 
-def listen(wanted: Address) -> tuple[socket.socket, Address]:
+def listen(wanted: Address, *, everywhere: bool = False) -> tuple[socket.socket, Address]:
   """A socket that listens at an address of this machine alone, and that address in numbers.
 
-  Raises InputError if it is taken, or no address of this machine.
+  everywhere: whether it may be all addresses of this machine. Raises InputError if it is taken, or no address of this machine.
   """
   failure: OSError | None = None
   for family, numeric in resolve(wanted):
+    if not everywhere and ipaddress.ip_address(numeric.host).is_unspecified:
+      raise InputError(
+        f"hosts: --coordinator={wanted} names no machine. Pass an address of process 0's machine that the others reach; "
+        f"to listen at all of its addresses, set {BIND_VARIABLE}={wanted} there as well."
+      )
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
       sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or an earlier run's closed connections hold the port

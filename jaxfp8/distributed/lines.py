@@ -9,7 +9,8 @@ import threading
 import time
 from typing import Any
 
-_MAX_LINE = 8192  # bytes; a longer line is a stranger's
+_MAX_LINE = 1 << 15  # bytes; a longer line is a stranger's
+MAX_SENTENCE = 4000  # characters of a process's last sentence: at most half a line
 
 
 class Line:
@@ -25,7 +26,7 @@ class Line:
   def send(self, message: dict[str, Any]) -> None:
     """Sends, or does nothing where the other end is gone."""
     with contextlib.suppress(OSError), self._using:
-      self.sock.sendall(json.dumps(message).encode() + b"\n")
+      self.sock.sendall(json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n")
 
   def read(self, seconds: float | None = None) -> dict[str, Any] | None:
     """The next message; None at the end. Raises ValueError for what is none, TimeoutError after `seconds`, and OSError."""

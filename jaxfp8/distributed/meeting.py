@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxfp8.distributed.addresses import BIND_VARIABLE, Address, listen, resolve
 from jaxfp8.distributed.environment import ProcessPlace
-from jaxfp8.distributed.lines import Line
+from jaxfp8.distributed.lines import MAX_SENTENCE, Line
 from jaxfp8.distributed.tls import Tls
 from jaxfp8.errors import InputError
 from jaxfp8.terminal import say, visible
@@ -83,7 +83,7 @@ class Meeting:
   def announce(self, sentence: str) -> None:
     """Tells the others that this process ends early, and why."""
     for line in list(self._lines.values()):
-      line.send({"end": sentence, "process": self.index})
+      line.send({"end": sentence[:MAX_SENTENCE], "process": self.index})
 
   def done(self) -> None:
     """Tells the others that this process has done all its work, so that its end is no surprise."""
@@ -167,7 +167,7 @@ class Meeting:
     if message is None:
       return
     process, count = message.get("process"), message.get("of")
-    if message.get("jaxfp8") != _PROTOCOL or not isinstance(process, int) or not isinstance(count, int):
+    if message.get("jaxfp8") != _PROTOCOL or not (type(process) is type(count) is int and 0 < process < count < 1 << 20):
       refusal = "hosts: process 0 has another version of jaxfp8. Start all of them alike."
     elif count != self.count:
       sentence = (
@@ -176,7 +176,7 @@ class Meeting:
       )
       line.send({"refused": sentence})
       raise self._broken(sentence)
-    elif process in self._lines or not 0 < process < self.count:
+    elif process in self._lines:
       refusal = f"hosts: another process {process} has come before. Give every process a --process_id of its own."
       say(f"hosts: a second process {process} came from {event.peer} and was refused.")
     else:
@@ -196,7 +196,7 @@ class Meeting:
 
   def _bind(self) -> socket.socket:
     variable = os.environ.get(BIND_VARIABLE)
-    sock, numeric = listen(Address.parse(variable, BIND_VARIABLE) if variable else self._coordinator)
+    sock, numeric = listen(Address.parse(variable, BIND_VARIABLE) if variable else self._coordinator, everywhere=bool(variable))
     self.bind_address = numeric
     self.address = self._address_for_jax(Address("127.0.0.1", numeric.port) if variable else numeric)
     return sock

@@ -60,6 +60,7 @@ def join(place: ProcessPlace) -> None:
   jax.config.update("jax_enable_preemption_service", False)  # the service would catch SIGTERM and not end the process
   place, device_ids = detect(place)
   meeting = _meet(place)
+  meeting.watch(_end)
   meeting.wait_for_coordinator()
   tls = place.tls and {
     "mtls_cert_file": place.tls.cert_file,
@@ -86,7 +87,6 @@ def join(place: ProcessPlace) -> None:
     _client().key_value_set(_RUN, meeting.run_id)
   elif (run := _get(_RUN)) != meeting.run_id:
     raise InputError(f"hosts: {place.coordinator} belongs to another run now ({run}). Give each run a port of its own.")
-  meeting.watch(_end)
 
 
 def first_only(main: Callable[[], int | None]) -> int | None:

@@ -14,6 +14,12 @@ from jaxfp8.text.confined import Confined, Ended
 _WAY_OUT = "Pass --raw, or a checkpoint with a working template."
 
 
+def not_plain(error: Exception) -> InputError:
+  """The error about messages that are no plain JSON."""
+  reason = "they are nested too deeply" if isinstance(error, RecursionError) else error
+  return InputError(f"chat: messages must hold text and plain values: {reason}. Pass role and content as strings.")
+
+
 class ChatTemplate:
   """Renders one Jinja template. Thread safe. seconds: the time limit of one render."""
 
@@ -41,8 +47,10 @@ class ChatTemplate:
     try:
       lists = [[dict(message) for message in messages] for messages in variants]
       answer = self._child.ask({"template": self._template, "variables": variables, "messages": lists})
-    except TypeError as error:
-      raise InputError(f"chat: messages must hold text and plain values: {error}. Pass role and content as strings.") from error
+    except (TypeError, ValueError, RecursionError) as error:
+      if isinstance(error, InputError):
+        raise
+      raise not_plain(error) from error
     except Ended:
       limits = f"{self._seconds:g} s and 1 GB"
       raise InputError(f"chat: the model's chat template did not end within {limits}. {_WAY_OUT}") from None

@@ -15,9 +15,10 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError
 from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
 
@@ -25,28 +26,35 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Characters of which a text has none, as a rule: noncharacters, then private ones.
 _MARKS = (*range(0xFDD0, 0xFDF0), *range(0x100000, 0x10FFFE))
+_MAX_SPECIAL = 512  # characters; a message is searched for each special token at each place
 _TAG = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
 
 class MessageText:
   """Encodes chats of one tokenizer and one template.
 
-  Tokens that no message can make: those that tokenizer.json calls special, and other added tokens in the form of a tag
-  (`<...>`, `[...]`) that the template's source holds, since some models' roles are such tokens.
+  Tokens that no message can make: those that tokenizer.json calls special, those that tokenizer_config.json names (eos_token
+  among them), and other added tokens in the form of a tag (`<...>`, `[...]`) that the template's source holds, since some
+  models' roles are such tokens.
   """
 
-  def __init__(self, tokenizer: BoundedTokenizer, tokenizer_json: str, template: str):
-    self._tokenizer, self._json, self._template = tokenizer, tokenizer_json, template
-    added = tokenizer.get_added_tokens_decoder()
-    is_own = {t.content: t.special or (_TAG.fullmatch(t.content) and t.content in template) for t in added.values()}
-    self._ids = {token.content: i for i, token in added.items() if token.content and is_own[token.content]}
-    self._has_normalized = any(token.normalized for token in added.values() if token.content in self._ids)
-    lower = [text.lower() for text in self._ids]
-    self._lower = frozenset(lower)
-    self._sizes = sorted({len(text) for text in lower})
-    self._first = re.compile(f"[{re.escape(''.join({text[0] for text in lower}))}]" if lower else "(?!)")
-    self._longest = max(map(len, lower), default=0)
-    self._starts, self._ends = sorted(lower), sorted(text[::-1] for text in lower)
+  def __init__(self, tokenizer: BoundedTokenizer, files: TokenizerFiles):
+    self._tokenizer, self._json, self._template = tokenizer, files.tokenizer_json, files.chat_template or ""
+    added, named = tokenizer.get_added_tokens_decoder(), set(files.special_tokens.values())
+
+    def is_own(token) -> bool:
+      text = token.content
+      return token.special or text in named or bool(_TAG.fullmatch(text) and text in self._template)
+
+    self._ids = {token.content: i for i, token in added.items() if token.content and is_own(token)}
+    normalized = [token.content for token in added.values() if token.normalized and token.content in self._ids]
+    self._normalized = [tokenizer.normalized(text) or text for text in normalized]
+    folded = [text.casefold() for text in self._ids]
+    self._folded = frozenset(folded)
+    self._sizes = sorted({len(text) for text in folded}, reverse=True)
+    self._first = re.compile(f"[{re.escape(''.join({text[0] for text in folded}))}]" if folded else "(?!)")
+    self._longest = max(self._sizes, default=0)
+    self._starts, self._ends = sorted(folded), sorted(text[::-1] for text in folded)
     self._names = {text: f"{chr(_MARKS[0])}{secrets.token_hex(8)}{text}" for text in self._ids}
 
   def marked(self, messages: Messages) -> list[Any]:
@@ -55,10 +63,17 @@ class MessageText:
     _map(messages, lambda text, key: texts.append((text, key)) or text)
     if not any(self._holds(text) or self._may_join(text, key) for text, key in texts):
       return []
+    if self._longest > _MAX_SPECIAL:
+      raise _unusable(f"a special token has {self._longest:,} characters, and {_MAX_SPECIAL} are the most")
     start, stop = _marks([self._template, *(text for text, _ in texts)])
 
     def mark_whole(text: str, _: str) -> str:
-      return self._pattern.sub(lambda match: f"{start}{match[0]}{stop}", text)
+      spans = list(self._spans(text))
+      if not spans and self._holds(text):  # normalized, it has one
+        spans = [(len(text) - len(text.lstrip()), len(text.rstrip()))]
+      ends = [0, *(last for _, last in spans)]
+      marked = (f"{text[end:first]}{start}{text[first:last]}{stop}" for end, (first, last) in zip(ends, spans, strict=False))
+      return "".join(marked) + text[ends[-1] :]
 
     def mark_ends(text: str, key: str) -> str:
       inner = text.strip()
@@ -85,34 +100,38 @@ class MessageText:
     for variant in rendered:
       if variant is not None and (marks := _places(variant, start, stop, text)) is not None:
         return self._renamed.encode(self._with_names(text, marks), add_special_tokens=add_special).ids
-    found = next((match[0] for part in texts if (match := self._pattern.search(part))), "")
+    found = next((part[first:last] for part in texts for first, last in self._spans(part)), "")
     raise InputError(
       f"chat: a message holds {found!r}, the text of a special token, and the model's chat template computes with that text, "
       "so the message cannot be told from the template's own tokens. Leave that text out of the message, or pass --raw."
     )
 
   def _holds(self, text: str) -> bool:
-    lower = text.lower()
-    places = (match.start() for match in self._first.finditer(lower))
-    if any(lower[place : place + size] in self._lower for place in places for size in self._sizes):
+    if next(self._spans(text), None):
       return True
-    normalized = self._tokenizer.normalized(text) if self._has_normalized else ""
-    return normalized is None or any(token in normalized for token in self._ids)
+    normalized = self._tokenizer.normalized(text) if self._normalized else ""
+    return normalized is None or any(token in normalized for token in self._normalized)
+
+  def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+    """(first, last) of the special tokens in a text, the longest at each place, in any case: a template may change the case."""
+    folded = text.casefold()
+    origins = range(len(text)) if len(folded) == len(text) else [i for i, letter in enumerate(text) for _ in letter.casefold()]
+    end = 0
+    for match in self._first.finditer(folded):
+      if (place := match.start()) >= end:
+        found = next((part for size in self._sizes if (part := folded[place : place + size]) in self._folded), "")
+        if found:
+          yield origins[place], origins[(end := place + len(found)) - 1] + 1
 
   def _may_join(self, text: str, key: str) -> bool:
     """Whether the text could become a special token together with its neighbours, which a role may: `<|user|>`."""
-    inner = text.strip().lower()
+    inner = text.strip().casefold()
     if key == "role" or not inner:
       return False
     sizes = range(1, min(len(inner), self._longest) + 1)
     return any(_begins_one(self._starts, inner[-size:]) or _begins_one(self._ends, inner[:size][::-1]) for size in sizes) or (
-      len(inner) < self._longest and any(inner in token for token in self._lower)
+      len(inner) < self._longest and any(inner in token for token in self._folded)
     )
-
-  @functools.cached_property
-  def _pattern(self) -> re.Pattern[str]:
-    """Any special token in any case, since a template may write a message in lower case."""
-    return re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)", re.IGNORECASE)
 
   def _with_names(self, text: str, marks: Sequence[tuple[int, bool]]) -> str:
     """The text with the secret names of the special tokens that the template wrote: no mark is in them or around them."""

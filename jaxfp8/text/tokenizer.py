@@ -13,7 +13,7 @@ from jaxfp8.checkpoint.open import open_checkpoint
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.errors import InputError, shown
 from jaxfp8.text.bounded_tokenizer import BoundedTokenizer
-from jaxfp8.text.chat_template import ChatTemplate
+from jaxfp8.text.chat_template import ChatTemplate, not_plain
 from jaxfp8.text.message_text import MessageText
 
 _HALF = "�"  # the text of bytes that are not (yet) UTF-8
@@ -30,7 +30,7 @@ class Tokenizer:
     self.eos_id = self._named_id("eos_token")
     self._special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
-    self._messages = MessageText(self._tokenizer, files.tokenizer_json, files.chat_template or "")
+    self._messages = MessageText(self._tokenizer, files)
 
   @classmethod
   def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
@@ -87,7 +87,11 @@ class Tokenizer:
     Raises InputError as `chat_text` does, as `encode` does, and for a template that computes with the text of a special token
     in a message. max_tokens: as for `encode`.
     """
-    variants, add_special = self._messages.marked(messages), self._files.special_in_chats
+    add_special = self._files.special_in_chats
+    try:
+      variants = self._messages.marked(messages)
+    except RecursionError as error:
+      raise not_plain(error) from error
     text, *rendered = self._require_template().render_all([messages, *variants], add_generation_prompt)
     ids = self._encode(text, add_special, max_tokens)
     if variants:

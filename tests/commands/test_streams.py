@@ -62,6 +62,14 @@ def test_characters_that_stdout_cannot_hold():
   assert ran.stderr.count(b"\n") == 1 and b"encoding ascii lacks characters" in ran.stderr
 
 
+def test_lines_leave_at_once_where_python_is_told_not_to_buffer():
+  """As in many container images. What stands in a buffer is lost when the process is killed."""
+  script = "import os; from jaxfp8.commands import streams; from jaxfp8.terminal import say; streams.prepare()\n"
+  script += "say('a note'); print('an answer'); os._exit(3)"
+  ran = commands.run(script=script, env={"PYTHONUNBUFFERED": "1"})
+  assert (ran.code, ran.out, ran.err) == (3, "an answer\n", "a note\n")
+
+
 def test_a_terminal_of_no_width_counts_as_unknown(monkeypatch):
   for columns, kept in (("0", None), ("", None), ("100", "100")):
     monkeypatch.setenv("COLUMNS", columns)

@@ -84,6 +84,14 @@ class TestAll:
     assert said[0].get(timeout=5) == said[2].get(timeout=5) == "process 1: Stopped.\\x1b[2J"
     assert said[1].empty()
 
+  @pytest.mark.parametrize("letter", ["世", "🌍", "\x00", "\ud800"])
+  def test_a_long_sentence(self, port, letter):
+    meetings = [make(port, process) for process in range(2)]
+    assemble(*meetings)
+    said = watched(meetings[1])
+    meetings[0].announce(letter * 10_000)
+    assert said.get(timeout=5).startswith("process 0: ")
+
   def test_a_killed_process_is_missed_at_once(self, port):
     meetings = [make(port, process, 3) for process in range(3)]
     assemble(*meetings)
@@ -176,6 +184,10 @@ class TestMistakes:
     assemble(make(port, 0, 4, seconds=1))
     assert f"hosts: waiting for processes 1, 2, 3 of 4 at 127.0.0.1:{port}." in capsys.readouterr().err
 
+  def test_all_addresses_only_on_purpose(self, monkeypatch):
+    with pytest.raises(InputError, match=r"0\.0\.0\.0:8476 names no machine"):
+      Meeting(ProcessPlace("0.0.0.0:8476", 2, 0)).assemble()
+
   def test_another_machines_address(self):
     """TEST-NET-1 is nobody's address."""
     with pytest.raises(InputError, match="no address of this machine"):
@@ -194,6 +206,7 @@ class TestStrangers:
     [b"", b"GET / HTTP/1.1\r\n\r\n", b"{" * 100_000, b"[1]\n", b'{"end": "x", "process": 1}\n', b'{"jaxfp8": 1}\n', b"\0" * 9,
      b'{"jaxfp8": 1, "process": "1", "of": 2}\n', b'{"jaxfp8": 1, "process": 0, "of": 2}\n',
      b'{"jaxfp8": 9, "process": 1, "of": 2}\n',
+     b'{"jaxfp8": 1, "process": true, "of": 2}\n', b'{"jaxfp8": 1, "process":' + b"9" * 4200 + b', "of": 2}\n',
      b'{"jaxfp8": 1, "process": 99, "of": 2}\n', b'{"done": true}\n', b'{"jaxfp8": ' + b"9" * 5000 + b"}\n"],
   )  # fmt: skip
   def test_what_they_say_does_not_matter(self, port, text):

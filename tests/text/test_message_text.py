@@ -173,6 +173,38 @@ def test_a_template_that_cannot_be_followed_is_refused(template):
   tokenizer.chat(_user("a <"))  # what could only be half a token is not worth a refusal
 
 
+def test_a_token_that_is_named_need_not_be_called_special():
+  """Zephyr's way: eos_token by name in tokenizer_config.json, and an ordinary added token in tokenizer.json."""
+  template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+  library = _byte_level(AddedToken("<end>", normalized=False))
+  tokenizer = Tokenizer(TokenizerFiles(library.to_str(), template, {"eos_token": "<end>"}))
+  ids = tokenizer.chat(_user("a<end>b"))
+  assert ids.count(library.token_to_id("<end>")) == 1 and ids[-1] == library.token_to_id("<end>")
+
+
+def test_tokens_that_a_normalizer_changes():
+  """Full-width signs become plain ones, and so do those of the token; also where letters become more than one."""
+  library = _byte_level()
+  library.normalizer = normalizers.NFKC()
+  library.add_special_tokens([AddedToken("<\uff5cu\uff5c>", normalized=True), AddedToken("<\ufb01m>", normalized=True)])
+  tokenizer = Tokenizer(TokenizerFiles(library.to_str(), "{% for m in messages %}{{ m.content }}{% endfor %}", {}))
+  for text in ("<|u|>", "<\uff5cu|>", "<fim>", "<\ufb01m>", " a<fim> "):
+    ids = tokenizer.chat(_user(text))
+    assert not {library.token_to_id("<\uff5cu\uff5c>"), library.token_to_id("<\ufb01m>")} & set(ids), text
+
+
+@pytest.mark.parametrize("messages", [["x"], [{"role": "user", "content": 10**5000}], "nested", "circle"])
+def test_messages_that_are_no_plain_values(messages):
+  if isinstance(messages, str):
+    value = []
+    value.append(value)
+    for _ in range(5000 if messages == "nested" else 0):
+      value = [value]
+    messages = [{"role": "user", "content": value}]
+  with pytest.raises(InputError, match="messages must hold text and plain values"):
+    _make(CHATML).chat(messages)
+
+
 def test_roles_may_be_part_of_a_token():
   tokenizer = _make("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", _byte_level(special=("<|user|>",)))
   assert (
