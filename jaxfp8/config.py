@@ -101,7 +101,8 @@ class RopeConfig:
     return np.where(wavelength > low, scaled, np.where(wavelength < high, freq, blended)).astype(np.float32)
 
 
-_MAX_SIZE, _MAX_LAYERS = 1 << 31, 1 << 16  # larger numbers come from damaged files, and would fill memory
+# Larger numbers come from damaged files, and would fill memory. A context is a promise that takes none.
+_MAX_SIZE, _MAX_LAYERS, _MAX_CONTEXT = 1 << 31, 1 << 16, 1 << 53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ class LlamaConfig:
       if not isinstance(value, int) or isinstance(value, bool):
         raise InputError(f"config: {field} must be a whole number; got {shown(value)}. Check the model's config.")
       _require_positive(field, value)
-      if value > (most := _MAX_LAYERS if field == "num_layers" else _MAX_SIZE):
+      if value > (most := {"num_layers": _MAX_LAYERS, "max_context": _MAX_CONTEXT}.get(field, _MAX_SIZE)):
         raise InputError(f"config: {field} must be at most {most:,}; got {value:,}. Check the model's config.")
     _require_positive("rms_norm_eps", self.rms_norm_eps)
     if self.activation_scale_ub is not None:

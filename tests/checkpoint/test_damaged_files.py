@@ -151,7 +151,7 @@ def test_sizes_that_nothing_backs(key, scratch, tmp_path):
   if key == "max_position_embeddings":  # a promise that needs no memory
     assert readers.open_source(folder).config.max_context == 10**12
   else:
-    with pytest.raises(InputError, match=r"[0-9]{13}"):
+    with pytest.raises(InputError, match=r"1,000,000,000,000"):
       readers.open_source(folder)
 
 
@@ -161,9 +161,11 @@ def test_gguf_sizes_that_nothing_backs(field, tmp_path):
   weights = tiny_models.make_weights(config)
   extra = {"rope_freqs.weight": np.ones(4, np.float32)} if "head_dim" in field else {}
   true = {name: value for name, value in weights.items() if "_proj" not in name}  # permuted by head_dim
-  wrong = dataclasses.replace(config, **field)
+  wrong = dataclasses.replace(config)
+  for name, value in field.items():
+    object.__setattr__(wrong, name, value)  # past the check of a config
   path = gguf_files.write_gguf(tmp_path / "m.gguf", wrong, true, gguf.GGMLQuantizationType.F32, extra=extra)
-  with pytest.raises(InputError, match=r"[0-9]{10}"):
+  with pytest.raises(InputError, match=r"[0-9]{10}|1,000,000,000"):
     readers.open_source(path)
 
 
