@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxfp8.checkpoint.convert import ReportProgress
+from jaxfp8.checkpoint.manifest import require_checkpoint
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.stored_arrays import MERGED_MATRICES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
@@ -38,7 +39,11 @@ def export_checkpoint(
 
   Raises InputError for a damaged checkpoint, an output that exists, or a full disk; nothing is then left behind.
   """
-  source = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
+  if isinstance(folder, Checkpoint):
+    source = folder
+  else:
+    require_checkpoint(folder)
+    source = Checkpoint(folder)
   output = pathlib.Path(output).absolute()
   if output.exists():
     raise InputError(f"export: {output} exists already. Pass another folder, or remove it first.")

@@ -99,6 +99,14 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
   return (pathlib.Path(os.path.expanduser(folder)) / MANIFEST).is_file()
 
 
+def require_checkpoint(folder: str | os.PathLike) -> None:
+  """Raises InputError for a path that is no folder of jaxfp8 at all, rather than a damaged one."""
+  if not is_checkpoint(folder):
+    raise InputError(
+      f"checkpoint: {folder} is no checkpoint of jaxfp8, since it holds no {MANIFEST}. Pass the output of `jaxfp8 convert`."
+    )
+
+
 def read_manifest(folder: str | os.PathLike) -> Manifest:
   """Reads jaxfp8.json and the tokenizer, each once, and compares their SHA-256.
 

@@ -38,9 +38,11 @@ _checks(flags.DEFINE_bool, "verify", False, "Compare everything with its checksu
 
 def main() -> int:
   """Runs the command. Raises InputError."""
+  from jaxfp8.checkpoint.manifest import require_checkpoint
   from jaxfp8.checkpoint.open import Checkpoint
   from jaxfp8.progress import Progress
 
+  require_checkpoint(FLAGS.checkpoint)
   source = Checkpoint(FLAGS.checkpoint)
   raw = json.loads(source.manifest.text)
   if FLAGS.verify and not raw.get("checksums"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfp8.checkpoint import load
+from jaxfp8.checkpoint.export import export_checkpoint
 from jaxfp8.checkpoint.manifest import digest_of, orbax, orbax_context
 from jaxfp8.checkpoint.open import Checkpoint
 from jaxfp8.checkpoint.save import save
@@ -49,6 +50,12 @@ class TestDamage:
 
   def test_no_checkpoint(self, tmp_path):
     self.refused(tmp_path, "no whole checkpoint")
+
+  @pytest.mark.parametrize("name", ["absent", "."])
+  def test_a_folder_of_something_else_is_not_called_damaged(self, tmp_path, name):
+    with pytest.raises(InputError, match=r"is no checkpoint of jaxfp8, since it holds no jaxfp8\.json"):
+      export_checkpoint(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
   def test_a_newer_format(self, folder):
     self.edit(folder, lambda data: data.update(format_version=99))
