@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 _MAX_LINE = 1 << 15  # bytes; a longer line is a stranger's
+_MAX_NUMBER = 1 << 20
 MAX_SENTENCE = 4000  # characters of a process's last sentence: at most half a line
 
 
@@ -60,3 +61,9 @@ class Line:
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
       if hasattr(socket, name):
         self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def number(message: dict[str, Any], key: str) -> int:
+  """A whole number of a message, such as a process's; -1 for anything else, and for one that no run has."""
+  value = message.get(key)
+  return value if type(value) is int and 0 <= value < _MAX_NUMBER else -1

@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxfp8.distributed.addresses import BIND_VARIABLE, Address, listen, resolve
 from jaxfp8.distributed.environment import ProcessPlace
-from jaxfp8.distributed.lines import MAX_SENTENCE, Line
+from jaxfp8.distributed.lines import MAX_SENTENCE, Line, number
 from jaxfp8.distributed.tls import Tls
 from jaxfp8.errors import InputError
 from jaxfp8.terminal import say, visible
@@ -166,8 +166,8 @@ class Meeting:
       return
     if message is None:
       return
-    process, count = message.get("process"), message.get("of")
-    if message.get("jaxfp8") != _PROTOCOL or not (type(process) is type(count) is int and 0 < process < count < 1 << 20):
+    process, count = number(message, "process"), number(message, "of")
+    if message.get("jaxfp8") != _PROTOCOL or not 0 < process < count:
       refusal = "hosts: process 0 has another version of jaxfp8. Start all of them alike."
     elif count != self.count:
       sentence = (
