@@ -5,6 +5,7 @@
 Refuses to know the model, the engine and stop strings, which the engine handles.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,6 @@ class Tokenizer:
     self.eos_id = self._named_id("eos_token")
     self._special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
-    self._messages = MessageText(self._tokenizer, files)
 
   @classmethod
   def load(cls, path: str | os.PathLike | None = None) -> "Tokenizer":
@@ -108,6 +108,11 @@ class Tokenizer:
     Encoded as a raw prompt it has other ids than `chat` where a message holds the text of a special token.
     """
     return self._require_template().render(messages, add_generation_prompt)
+
+  @functools.cached_property
+  def _messages(self) -> MessageText:
+    """Made for the first chat: a raw prompt needs none of its tables."""
+    return MessageText(self._tokenizer, self._files)
 
   def _require_template(self) -> ChatTemplate:
     if self._template is None:
