@@ -12,7 +12,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxfp8.checkpoint.readers.fields import FLAG, OBJECT, TEXTS, Kind, shown
+from jaxfp8.checkpoint.readers.fields import FLAG, OBJECT, TEXTS, Kind
+from jaxfp8.checkpoint.readers.json_file import first_twice
+from jaxfp8.errors import shown
 from jaxfp8.recipe import Granularity
 
 _MAX_DEPTH = 100  # of provenance, which is free JSON: commands print it
@@ -69,8 +71,7 @@ def parse(text: str) -> Any:
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-      names = [name for name, _ in pairs]
-      raise ValueError(f"the key {next(name for name in fields if names.count(name) > 1)!r} stands twice in an object")
+      raise ValueError(f"the key {shown(first_twice(pairs))} stands twice in an object")
     return fields
 
   return json.loads(text, object_pairs_hook=unique)
