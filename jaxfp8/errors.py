@@ -30,6 +30,11 @@ def shown(value: Any) -> str:
   return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE - 10]} ..."
 
 
+def first_line(error: Exception) -> str:
+  """The message of a library without the pages that follow."""
+  return str(error).split("\n", 1)[0][:300]
+
+
 def silence_libraries() -> None:
   """Turns off the logs of libraries: Orbax logs pages about a damaged checkpoint, and a program of ours prints one sentence."""
   for name in ("absl", "asyncio"):

@@ -23,7 +23,7 @@ from jaxfp8.checkpoint import manifest_fields
 from jaxfp8.checkpoint.block_digests import BLOCK_BYTES
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
 from jaxfp8.config import LlamaConfig
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, first_line
 from jaxfp8.recipe import LayerFormat, Recipe
 
 FORMAT_VERSION = 2
@@ -183,8 +183,7 @@ def check_files(folder: pathlib.Path, manifest: Manifest) -> None:
       if size != expected:
         raise DamagedCheckpoint(folder, f"{name} must have {expected:,} bytes and has {size:,}")
       if name in manifest.checksums and name not in (TOKENIZER, TEMPLATE):  # which `read_manifest` has compared
-        with regular_files.open_file(folder / name, within=folder) as file:
-          _require_digest(folder, name, hashlib.file_digest(file, "sha256").hexdigest(), manifest.checksums)
+        _require_digest(folder, name, _file_digest(folder, name), manifest.checksums)
     except OSError as error:
       raise DamagedCheckpoint(folder, f"{name}: {os.strerror(error.errno or 0)}") from error
 
@@ -193,16 +192,12 @@ def file_digests(folder: pathlib.Path) -> dict[str, str]:
   """sha256 of the small files of a folder by their paths in it: of all but the manifest and the arrays' data."""
   names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
   small = [name for name in names if name.parent.name != _NEVER_HASHED and str(name) != MANIFEST]
-  digests = {}
-  for name in small:
-    with regular_files.open_file(folder / name, within=folder) as file:
-      digests[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
-  return digests
+  return {str(name): _file_digest(folder, name) for name in small}
 
 
-def first_line(error: Exception) -> str:
-  """The message of a library without the pages that follow."""
-  return str(error).split("\n", 1)[0][:300]
+def _file_digest(folder: pathlib.Path, name: str | pathlib.Path) -> str:
+  with regular_files.open_file(folder / name, within=folder) as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def orbax() -> Any:

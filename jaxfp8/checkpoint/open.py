@@ -22,7 +22,6 @@ from jaxfp8.checkpoint.manifest import (
   DamagedCheckpoint,
   Manifest,
   check_files,
-  first_line,
   is_checkpoint,
   read_manifest,
 )
@@ -31,7 +30,7 @@ from jaxfp8.checkpoint.readers.locate import absolute
 from jaxfp8.checkpoint.readers.source import check_finite
 from jaxfp8.checkpoint.stored_arrays import ArraySpec, Range, Read, checkpoint_arrays
 from jaxfp8.checkpoint.tokenizer_files import TokenizerFiles
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, first_line
 from jaxfp8.recipe import Granularity, LayerFormat
 
 

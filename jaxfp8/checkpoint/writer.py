@@ -37,7 +37,7 @@ from jaxfp8.checkpoint.manifest import (
   orbax,
   orbax_context,
 )
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, first_line
 from jaxfp8.terminal import say
 
 _PARTIAL = ".partial_save"  # Orbax's own ending
@@ -270,7 +270,7 @@ class CheckpointWriter:
     elif full := _FULL.search(str(error)):
       reason = full[0]
     elif isinstance(error, OSError):
-      reason = str(error).split("\n", 1)[0][:200]
+      reason = first_line(error)[:200]
     else:
       return error
     left = "The written part stays for --resume" if self.resume and self._journal else "Nothing was left behind"

@@ -8,7 +8,7 @@ from jax._src import clusters
 
 from jaxfp8.distributed import environment
 from jaxfp8.distributed.environment import AUTO, ProcessPlace
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, first_line
 
 
 def detect(place: ProcessPlace) -> tuple[ProcessPlace, Any]:
@@ -35,11 +35,6 @@ def detect(place: ProcessPlace) -> tuple[ProcessPlace, Any]:
       "--num_processes and --process_id."
     )
   if environment.is_slurm_task():
-    count = environment.slurm_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # JAX takes the whole job's
+    count = environment.slurm_tasks()  # JAX takes the whole job's
   found = {"coordinator": address, "num_processes": count, "process_id": index}
   return dataclasses.replace(place, **found), device_ids
-
-
-def first_line(error: Exception) -> str:
-  """The message of a library without the pages that follow."""
-  return " ".join(str(error).split("\n", 1)[0].split())[:300]

@@ -56,7 +56,7 @@ class ProcessPlace:
     if self.coordinator or self.num_processes:
       return bool(self.coordinator)
     if is_slurm_task():
-      return slurm_number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1
+      return slurm_tasks() > 1
     return os.environ.keys() >= _KUBERNETES
 
   def require_detection(self) -> None:
@@ -74,9 +74,9 @@ def is_slurm_task() -> bool:
   return os.environ.keys() >= _SLURM
 
 
-def slurm_number(*names: str) -> int:
-  """The first of these variables that is set, as a number. Raises InputError if it is none."""
-  name = next(name for name in names if os.environ.get(name))
+def slurm_tasks() -> int:
+  """The number of tasks of this step, or of the job where SLURM says no more. Raises InputError if that is no number."""
+  name = "SLURM_STEP_NUM_TASKS" if os.environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
   try:
     return int(os.environ[name])
   except ValueError as error:

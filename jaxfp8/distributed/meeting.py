@@ -83,7 +83,7 @@ class Meeting:
   def announce(self, sentence: str) -> None:
     """Tells the others that this process ends early, and why."""
     for line in list(self._lines.values()):
-      line.send({"end": sentence[:MAX_SENTENCE], "process": self.index})
+      line.send({"end": sentence[:MAX_SENTENCE]})
 
   def done(self) -> None:
     """Tells the others that this process has done all its work, so that its end is no surprise."""
@@ -310,9 +310,8 @@ class Meeting:
     until = time.monotonic() + seconds
     while self.index and time.monotonic() < until:
       with contextlib.suppress(OSError):
-        for _, numeric in resolve(self.address):
-          socket.create_connection((numeric.host, numeric.port), timeout=1).close()
-          return
+        socket.create_connection((self.address.host, self.address.port), timeout=1).close()
+        return
       time.sleep(0.02)
 
   def _address_for_jax(self, numeric: Address) -> Address:

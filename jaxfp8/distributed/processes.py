@@ -28,11 +28,10 @@ from jax._src import distributed
 from jax.sharding import Mesh
 
 from jaxfp8 import unfinished
-from jaxfp8.distributed import environment
-from jaxfp8.distributed.detection import detect, first_line
+from jaxfp8.distributed.detection import detect
 from jaxfp8.distributed.environment import ProcessPlace
 from jaxfp8.distributed.meeting import Meeting
-from jaxfp8.errors import InputError
+from jaxfp8.errors import InputError, first_line
 from jaxfp8.source_digest import source_digest
 from jaxfp8.terminal import make_visible, say, visible
 
@@ -92,9 +91,9 @@ def join(place: ProcessPlace) -> None:
 def first_only(main: Callable[[], int | None]) -> int | None:
   """Runs `main`, and returns its exit code. Of the tasks of a SLURM step only the first one does; the others wait for it.
 
-  Raises InputError in the others too if the first one fails.
+  Call it in such a task alone. Raises InputError in the others too if the first one fails.
   """
-  if not (environment.is_slurm_task() and ProcessPlace().is_one_of_many):
+  if not ProcessPlace().is_one_of_many:
     return main()
   meeting = _meet(detect(ProcessPlace())[0])
   if meeting.index == 0:
